@@ -1,0 +1,1 @@
+"""Immutable, content-addressed versions of models, and the aliases that point at them."""

@@ -1,0 +1,124 @@
+"""The manifest: everything that is known about a version, hashed together with its files."""
+
+import hashlib
+import json
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION: Final = 1
+MANIFEST, CONFIG, WEIGHTS = "manifest.json", "config.json", "weights.safetensors"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileEntry(_Strict):
+    """Size and SHA-256 of one file of the version."""
+
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Origin(_Strict):
+    """Where the weights come from."""
+
+    kind: Literal["trained", "imported", "child"]
+    source: str = Field(description="Recipe, hub id or folder name.")
+    revision: str | None = Field(None, description="Hub revision, or the parent's version.")
+    licence: str | None = Field(None, description="SPDX identifier of the weights' licence.")
+
+
+class ModelLimits(_Strict):
+    """What the version can take, in candles."""
+
+    min_context: int = Field(ge=1)
+    max_context: int = Field(ge=1)
+    max_horizon: int = Field(ge=1)
+    max_total: int | None = Field(None, description="Context + horizon, where they share positions.")
+
+
+class Metric(_Strict):
+    """One score beside the naive forecast's on the same origins, with a 95 % block-bootstrap interval."""
+
+    value: float
+    naive: float | None = None
+    walk: float | None = Field(None, description="The EWMA random walk's score.")
+    low: float | None = None
+    high: float | None = None
+
+
+class Evaluation(_Strict):
+    """Rolling-origin scores of one set of windows."""
+
+    windows: str = Field(description="Which windows: test (held-out time) or unseen (held-out symbol and time).")
+    symbols: tuple[str, ...]
+    start: str
+    end: str
+    interval: str
+    horizon: int
+    origins: int
+    samples: int | None = None
+    metrics: dict[str, Metric]
+
+
+class Baseline(_Strict):
+    """What the live score compares with: held-out error of one symbol ('*' for all) in blocks of origins."""
+
+    symbol: str
+    interval: str
+    horizon: int
+    n_blocks: int
+    mae_log_return: float
+    naive_mae_log_return: float
+    rho0: float = Field(description="mae_log_return / naive_mae_log_return.")
+    sd_block: float = Field(description="Standard deviation of the block means of the scaled paired loss.")
+    coverage_80: float
+    pinball: dict[str, float]
+
+
+class TrainingRecord(_Strict):
+    """What the weights were fitted on."""
+
+    recipe: dict[str, Any]
+    data_digest: str
+    symbols: tuple[str, ...]
+    interval: str
+    start: str
+    end: str
+    steps: int
+    seconds: float
+    seed: int
+
+
+class Manifest(_Strict):
+    """One version. `version` is the first 12 hex digits of the digest of everything else."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    model: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
+    version: str = ""
+    family: Literal["toto", "kronos", "naive"]
+    origin: Origin
+    limits: ModelLimits
+    files: dict[str, FileEntry]
+    serving: dict[str, Any] = Field(default_factory=dict, description="Defaults of request parameters.")
+    training: TrainingRecord | None = None
+    evaluations: tuple[Evaluation, ...] = ()
+    baselines: tuple[Baseline, ...] = ()
+    created_at: str
+    code_revision: str | None = None
+
+    def digest(self) -> str:
+        """The version this manifest must carry."""
+        content = self.model_dump(mode="json", exclude={"version"})
+        return hashlib.sha256(canonical_json(content)).hexdigest()[:12]
+
+    def evaluation(self, windows: str) -> Evaluation | None:
+        """The evaluation on `windows`, if there is one."""
+        return next((e for e in self.evaluations if e.windows == windows), None)
+
+
+def canonical_json(content: Any) -> bytes:
+    """Sorted keys, no spaces, UTF-8: equal content gives equal bytes."""
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()

@@ -1,0 +1,286 @@
+"""Put, find, verify, load, promote. A version is whole or absent; aliases are the only mutable names."""
+
+import contextlib
+import fcntl
+import getpass
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from model_store.manifest import CONFIG, MANIFEST, WEIGHTS, FileEntry, Manifest, canonical_json
+
+CANDIDATE, PRODUCTION, PREVIOUS = "candidate", "production", "previous"
+_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_VERSION: Final = re.compile(r"[0-9a-f]{12}")
+_MAX_JSON_BYTES: Final = 16 * 2**20
+
+
+class StoreError(Exception):
+    """Something is wrong with the model store."""
+
+
+class VersionNotFound(StoreError):
+    """No such model, version or alias."""
+
+
+class VerificationFailed(StoreError):
+    """A version's bytes are not what its manifest says."""
+
+
+class PromotionRefused(StoreError):
+    """The gate said no; `--force REASON` overrides it."""
+
+
+@dataclass(frozen=True)
+class LoadedVersion:
+    """A verified version in memory."""
+
+    manifest: Manifest
+    config: Mapping[str, Any]
+    weights: Mapping[str, torch.Tensor]
+
+
+class ModelStore:
+    """Versions under `<root>/<model>/<version>/`, aliases in `<root>/<model>/aliases.json`."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    def models(self) -> list[str]:
+        """Names that have at least one version."""
+        if not self.root.is_dir():
+            return []
+        return sorted(p.name for p in self.root.iterdir() if _NAME.fullmatch(p.name) and self.versions(p.name))
+
+    def versions(self, model: str) -> list[str]:
+        """Versions of `model`, oldest first."""
+        home = self._home(model)
+        if not home.is_dir():
+            return []
+        found = [p.name for p in home.iterdir() if _VERSION.fullmatch(p.name) and (p / MANIFEST).is_file()]
+        return sorted(found, key=lambda version: (self._read_manifest(model, version).created_at, version))
+
+    def aliases(self, model: str) -> dict[str, str]:
+        """Alias to version."""
+        path = self._home(model) / "aliases.json"
+        try:
+            return {str(k): str(v) for k, v in json.loads(path.read_bytes()).items()}
+        except FileNotFoundError:
+            return {}
+
+    def resolve(self, reference: str) -> tuple[str, str]:
+        """`name` (its production version), `name@version` or `name@alias` as (model, version)."""
+        model, _, wanted = reference.partition("@")
+        wanted = wanted or PRODUCTION
+        version = self.aliases(model).get(wanted, wanted)
+        if not _VERSION.fullmatch(version) or not (self._home(model) / version / MANIFEST).is_file():
+            known = ", ".join([*self.aliases(model), *self.versions(model)]) or "none"
+            raise VersionNotFound(f"the store has no {model}@{wanted}; it has: {known}")
+        return model, version
+
+    def manifest(self, reference: str) -> Manifest:
+        """The manifest of a reference, its own digest checked."""
+        return self._read_manifest(*self.resolve(reference))
+
+    def verify(self, reference: str) -> Manifest:
+        """Hash every file of the version; VerificationFailed names the first that differs."""
+        manifest = self.manifest(reference)
+        self._read_files(manifest)
+        return manifest
+
+    def load(self, reference: str) -> LoadedVersion:
+        """The version's config and tensors; the bytes that were hashed are the bytes that are parsed."""
+        manifest = self.manifest(reference)
+        files = self._read_files(manifest)
+        config = json.loads(files[CONFIG])
+        weights = load_tensors(bytes(files[WEIGHTS])) if WEIGHTS in files else {}
+        return LoadedVersion(manifest, config, weights)
+
+    # -- writing ---------------------------------------------------------------------------------
+
+    def put(
+        self, manifest: Mapping[str, Any], config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]
+    ) -> Manifest:
+        """Store a version whole or not at all and return its completed manifest.
+
+        `manifest` holds the fields of Manifest but `version` and `files`. An equal version is kept as it is.
+        """
+        contents = {CONFIG: canonical_json(config)}
+        if weights:
+            contents[WEIGHTS] = save_tensors({k: v.contiguous() for k, v in weights.items()})
+        entries = {
+            name: FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in contents.items()
+        }
+        draft = Manifest.model_validate({**manifest, "files": entries})
+        complete = draft.model_copy(update={"version": draft.digest()})
+        target = self._home(complete.model) / complete.version
+        if not target.exists():
+            contents[MANIFEST] = canonical_json(complete.model_dump(mode="json"))
+            self._write_directory(target, contents)
+        return complete
+
+    def set_alias(self, model: str, alias: str, version: str) -> None:
+        """Point `alias` at `version` atomically."""
+        self.resolve(f"{model}@{version}")
+        with self._locked(model):
+            self._write_aliases(model, {**self.aliases(model), alias: version})
+
+    def promote(self, reference: str, *, force: str | None = None) -> Manifest:
+        """Make a version its name's production version; the old one becomes `previous`.
+
+        The gate verifies every hash and refuses a version without an evaluation, or with a worse one on the
+        same windows, where the current version has one. `force` is the reason for overriding the latter.
+        """
+        model, version = self._promotable(reference)
+        manifest = self.verify(f"{model}@{version}")
+        current = self.aliases(model).get(PRODUCTION)
+        if current and current != version and force is None:
+            _refuse_worse(manifest, self.manifest(f"{model}@{current}"))
+        if current != version:
+            with self._locked(model):
+                aliases = self.aliases(model) | {PRODUCTION: version}
+                if current:
+                    aliases[PREVIOUS] = current
+                self._write_aliases(model, aliases)
+        self._record(model, "promote", version=version, previous=current, force=force)
+        return manifest
+
+    # -- private ---------------------------------------------------------------------------------
+
+    def _promotable(self, reference: str) -> tuple[str, str]:
+        """`name` alone means its candidate, or its newest version where it has none."""
+        if "@" in reference:
+            return self.resolve(reference)
+        versions = self.versions(reference)
+        if not versions:
+            raise VersionNotFound(f"the store has no model called {reference}")
+        return self.resolve(f"{reference}@{self.aliases(reference).get(CANDIDATE, versions[-1])}")
+
+    def _home(self, model: str) -> Path:
+        if not _NAME.fullmatch(model):
+            raise VersionNotFound(f"{model!r} is not a model name")
+        return self.root / model
+
+    def _read_manifest(self, model: str, version: str) -> Manifest:
+        with _open_regular(self._home(model) / version / MANIFEST) as file:
+            data = file.read(_MAX_JSON_BYTES + 1)
+        try:
+            manifest = Manifest.model_validate_json(data)
+        except ValidationError as error:
+            raise VerificationFailed(f"{model}@{version}: {MANIFEST} is not a manifest: {error}") from error
+        if manifest.version != version or manifest.digest() != version or manifest.model != model:
+            raise VerificationFailed(f"{model}@{version}: {MANIFEST} does not hash to its version")
+        return manifest
+
+    def _read_files(self, manifest: Manifest) -> dict[str, bytes]:
+        """Every listed file, hashed on the way in; unlisted files and links are refused."""
+        home = self._home(manifest.model) / manifest.version
+        found = {entry.name for entry in os.scandir(home)} - {MANIFEST}
+        if found != set(manifest.files):
+            odd = ", ".join(sorted(found ^ set(manifest.files)))
+            raise VerificationFailed(f"{manifest.model}@{manifest.version}: missing or unlisted: {odd}")
+        contents = {}
+        for name, entry in manifest.files.items():
+            with _open_regular(home / name) as file:
+                data = file.read(entry.bytes + 1)
+            if len(data) != entry.bytes or hashlib.sha256(data).hexdigest() != entry.sha256:
+                raise VerificationFailed(f"{manifest.model}@{manifest.version}: {name} is not what was stored")
+            contents[name] = data
+        return contents
+
+    def _write_directory(self, target: Path, contents: Mapping[str, bytes]) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".put-", dir=target.parent))
+        try:
+            for name, data in contents.items():
+                _write_synced(temporary / name, data)
+            temporary.chmod(0o755)
+            _sync_directory(temporary)
+            os.rename(temporary, target)
+            _sync_directory(target.parent)
+        except OSError:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if not (target / MANIFEST).is_file():  # another writer stored the same version first
+                raise
+
+    def _write_aliases(self, model: str, aliases: Mapping[str, str]) -> None:
+        path = self._home(model) / "aliases.json"
+        temporary = path.with_suffix(".tmp")
+        _write_synced(temporary, canonical_json(aliases))
+        os.replace(temporary, path)
+        _sync_directory(path.parent)
+
+    def _record(self, model: str, event: str, **facts: str | None) -> None:
+        """One file per event, so that no two writers ever share one."""
+        now = datetime.now(UTC)
+        directory = self._home(model) / "audit"
+        directory.mkdir(exist_ok=True)
+        entry = {"at": now.isoformat(), "event": event, "by": _whoami(), **facts}
+        _write_synced(directory / f"{now:%Y%m%dT%H%M%S.%fZ}-{event}.json", canonical_json(entry))
+
+    @contextlib.contextmanager
+    def _locked(self, model: str) -> Iterator[None]:
+        with open(self._home(model) / ".lock", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
+def _refuse_worse(new: Manifest, current: Manifest) -> None:
+    for old in current.evaluations:
+        fresh = new.evaluation(old.windows)
+        if fresh is None:
+            raise PromotionRefused(
+                f"{new.model}@{new.version} has no evaluation on the {old.windows} windows and the current version"
+                f" {current.version} has one: evaluate it, or give --force REASON"
+            )
+        before, after = old.metrics["skill_vs_naive"], fresh.metrics["skill_vs_naive"]
+        if after.high is not None and after.high < before.value:
+            raise PromotionRefused(
+                f"skill_vs_naive on the {old.windows} windows is {after.value:+.4f} (at most {after.high:+.4f}),"
+                f" the current version's is {before.value:+.4f}: give --force REASON to promote it all the same"
+            )
+
+
+def _whoami() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's numeric user has no name
+        return str(os.getuid())
+
+
+def _open_regular(path: Path) -> BinaryIO:
+    """Open without following a link, so that what is hashed cannot be swapped for another file."""
+    try:
+        return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb")
+    except OSError as error:
+        raise VerificationFailed(f"{path.parent.name}/{path.name}: {error.strerror}") from error
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

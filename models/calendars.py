@@ -1,0 +1,243 @@
+"""When candles happen: grids, closing instants, the timestamps of a horizon, local wall clocks.
+
+`24/7` never closes; `24/5` closes from Friday to Sunday 17:00 New York, as spot FX does; every other name is
+an exchange of the `exchange_calendars` package. All times are UTC milliseconds.
+"""
+
+from functools import lru_cache
+from typing import Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.candles import DAY_MS, InvalidCandles, Millis, interval_ms
+
+HOUR_MS: Final = 3_600_000
+_WEEK_MS: Final = 7 * DAY_MS
+_MONDAY_MS: Final = 4 * DAY_MS  # 1970-01-05, the first Monday of the epoch
+_SEARCHED: Final = 4096  # auto looks at this many of the newest candles
+
+
+class UnknownCalendar(ValueError):
+    """No calendar has this name."""
+
+
+class Calendar(Protocol):
+    """The grid on which a market's candles open."""
+
+    name: str
+    timezone: str
+
+    def check(self, timestamps: Millis, interval: str) -> None:
+        """Raise InvalidCandles naming the first of the rising `timestamps` that is no opening instant."""
+        ...
+
+    def following(self, timestamps: Millis, interval: str, count: int) -> Millis:
+        """The `count` opening instants after the last of `timestamps`, on the same grid."""
+        ...
+
+    def closes(self, timestamps: Millis, interval: str) -> Millis:
+        """The instant each candle is complete."""
+        ...
+
+    def local(self, timestamps: Millis, interval: str) -> Millis:
+        """Wall clock of the exchange, as milliseconds since 1970 without a zone; midnight for daily candles."""
+        ...
+
+
+def get_calendar(name: str) -> Calendar:
+    """The calendar called `name` (built once per process); UnknownCalendar otherwise."""
+    return _build(name)
+
+
+def infer_calendar(timestamps: Millis, interval: str) -> str:
+    """The calendar that explains the candles: `24/7` if any opens on a Saturday, else New York's if all of
+    them are its slots, else `24/5` if a weekend passed without candles, else `24/7`."""
+    recent = timestamps[-_SEARCHED:]
+    weekdays = (recent - _MONDAY_MS) // DAY_MS % 7
+    if (weekdays == 5).any():
+        return "24/7"
+    try:
+        get_calendar("XNYS").check(recent, interval)
+        return "XNYS"
+    except InvalidCandles:
+        pass
+    weeks = (recent - _MONDAY_MS) // _WEEK_MS
+    return "24/5" if weeks[-1] > weeks[0] else "24/7"
+
+
+def calendar_features(local: Millis) -> NDArray[np.int64]:
+    """`[T, 5]` minute, hour, weekday (Monday 0), day of month, month of local wall clocks `[T]`."""
+    dates = local.astype("datetime64[ms]")
+    months = dates.astype("datetime64[M]")
+    days = dates.astype("datetime64[D]")
+    return np.column_stack(
+        [
+            local // 60_000 % 60,
+            local // HOUR_MS % 24,
+            (local - _MONDAY_MS) // DAY_MS % 7,
+            (days - months).astype(np.int64) + 1,
+            months.astype(np.int64) % 12 + 1,
+        ]
+    )
+
+
+def _wall_clock(timestamps: Millis, timezone: str) -> Millis:
+    if timezone == "UTC":
+        return timestamps
+    import pandas as pd
+
+    index = pd.DatetimeIndex(timestamps.astype("datetime64[ms]"), tz="UTC")
+    return np.asarray(index.tz_convert(timezone).tz_localize(None).as_unit("ms").asi8)
+
+
+def _off_grid(row: int, timestamp: int, name: str, interval: str) -> InvalidCandles:
+    when = np.datetime64(timestamp, "ms")
+    return InvalidCandles(
+        f"candle {row} opens at {when}Z, which is not on the {interval} grid of calendar {name}", row, "off_grid"
+    )
+
+
+class Continuous:
+    """`24/7` and `24/5`: the grid is first + k x interval, less the weekend where there is one."""
+
+    timezone = "UTC"
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._weekend = name == "24/5"
+
+    def _closed(self, timestamps: Millis, interval: str, slack: int = 0) -> NDArray[np.bool_]:
+        if not self._weekend or interval_ms(interval) > DAY_MS:
+            return np.zeros(len(timestamps), dtype=bool)
+        if interval_ms(interval) == DAY_MS:
+            weekday = (timestamps - _MONDAY_MS) // DAY_MS % 7
+            return (weekday == 5) | ((weekday == 6) & (slack == 0))
+        since_monday = (_wall_clock(timestamps, "America/New_York") - _MONDAY_MS) % _WEEK_MS
+        friday, sunday = 4 * DAY_MS + 17 * HOUR_MS, 6 * DAY_MS + 17 * HOUR_MS
+        return (since_monday >= friday + slack) & (since_monday < sunday - slack)
+
+    def check(self, timestamps: Millis, interval: str) -> None:
+        off = (timestamps - timestamps[0]) % interval_ms(interval) != 0
+        # Feeds change to summer time in different weeks: an hour at either edge of the weekend is not an error.
+        off |= self._closed(timestamps, interval, slack=HOUR_MS)
+        if off.any():
+            row = int(off.argmax())
+            raise _off_grid(row, int(timestamps[row]), self.name, interval)
+
+    def following(self, timestamps: Millis, interval: str, count: int) -> Millis:
+        step = interval_ms(interval)
+        spare = (count * step // (5 * DAY_MS) + 1) * 2 * DAY_MS // step + 1 if self._weekend else 0
+        grid = timestamps[-1] + step * np.arange(1, count + spare + 1, dtype=np.int64)
+        return grid[~self._closed(grid, interval)][:count]
+
+    def closes(self, timestamps: Millis, interval: str) -> Millis:
+        return timestamps + interval_ms(interval)
+
+    def local(self, timestamps: Millis, interval: str) -> Millis:
+        return timestamps
+
+
+class Exchange:
+    """An exchange's sessions. Daily candles may be labelled by date (00:00 UTC), local midnight or the opening."""
+
+    def __init__(self, name: str) -> None:
+        import exchange_calendars
+        import pandas as pd
+
+        end = pd.Timestamp.now().normalize() + pd.DateOffset(years=3)
+        try:
+            try:
+                schedule = exchange_calendars.get_calendar(name, start="1980-01-01", end=end)
+            except ValueError:  # some exchanges' holidays are not known that far: their own default range
+                schedule = exchange_calendars.get_calendar(name)
+        except exchange_calendars.errors.InvalidCalendarName:
+            raise UnknownCalendar(
+                f"no calendar is called {name!r}: use 24/7, 24/5, auto or an exchange such as XNYS"
+            ) from None
+        self.name = name
+        self.timezone = str(schedule.tz)
+        self._dates: Millis = schedule.sessions.as_unit("ms").asi8
+        self._opens: Millis = pd.DatetimeIndex(schedule.opens).as_unit("ms").asi8
+        self._closes: Millis = pd.DatetimeIndex(schedule.closes).as_unit("ms").asi8
+        midnights = schedule.sessions.tz_localize(self.timezone).tz_convert("UTC")
+        self._midnights: Millis = midnights.as_unit("ms").asi8
+
+    def check(self, timestamps: Millis, interval: str) -> None:
+        step = interval_ms(interval)
+        if step > DAY_MS:
+            off = (timestamps - timestamps[0]) % step != 0
+        elif step == DAY_MS:
+            labels = self._labels(timestamps)
+            position = np.minimum(np.searchsorted(labels, timestamps), len(labels) - 1)
+            off = labels[position] != timestamps
+        else:
+            session = self._session(timestamps)
+            opens = self._opens[session]
+            from_clock = timestamps[0] % step == 0
+            aligned = timestamps % step == 0 if from_clock else (timestamps - opens) % step == 0
+            off = ~aligned | (timestamps <= opens - step)
+        if off.any():
+            row = int(off.argmax())
+            raise _off_grid(row, int(timestamps[row]), self.name, interval)
+
+    def following(self, timestamps: Millis, interval: str, count: int) -> Millis:
+        step, last = interval_ms(interval), int(timestamps[-1])
+        if step > DAY_MS:
+            return last + step * np.arange(1, count + 1, dtype=np.int64)
+        if step == DAY_MS:
+            labels = self._labels(timestamps)
+            found = labels[np.searchsorted(labels, last, "right") :][:count]
+        else:
+            found = self._slots(last, step, count)
+        if len(found) < count:
+            raise InvalidCandles(f"calendar {self.name} ends before {count} more {interval} candles", code="off_grid")
+        return found
+
+    def closes(self, timestamps: Millis, interval: str) -> Millis:
+        step = interval_ms(interval)
+        if step > DAY_MS:
+            return timestamps + step
+        if step == DAY_MS:
+            return self._closes[np.searchsorted(self._labels(timestamps), timestamps)]
+        return np.minimum(timestamps + step, self._closes[self._session(timestamps)])
+
+    def local(self, timestamps: Millis, interval: str) -> Millis:
+        if interval_ms(interval) == DAY_MS:
+            return self._dates[np.searchsorted(self._labels(timestamps), timestamps)]
+        return _wall_clock(timestamps, self.timezone)
+
+    def _labels(self, timestamps: Millis) -> Millis:
+        """The daily labelling that the first candle follows."""
+        for labels in (self._dates, self._midnights, self._opens):
+            position = np.searchsorted(labels, timestamps[0])
+            if position < len(labels) and labels[position] == timestamps[0]:
+                return labels
+        raise _off_grid(0, int(timestamps[0]), self.name, "1d")
+
+    def _session(self, timestamps: Millis) -> NDArray[np.int64]:
+        """Index of the first session that closes after each timestamp."""
+        session = np.searchsorted(self._closes, timestamps, "right")
+        if session[-1] >= len(self._closes):
+            raise InvalidCandles(f"calendar {self.name} does not reach the last candle", code="off_grid")
+        return session
+
+    def _slots(self, last: int, step: int, count: int) -> Millis:
+        """The `count` intraday slots after `last`, aligned to the session's opening or to the clock as it is."""
+        session = int(self._session(np.array([last]))[0])
+        from_clock = last % step == 0
+        slots: list[NDArray[np.int64]] = []
+        found = 0
+        while found < count and session < len(self._opens):
+            first = int(self._opens[session])
+            first -= first % step if from_clock else 0
+            grid = np.arange(first, self._closes[session], step, dtype=np.int64)
+            slots.append(grid[grid > last])
+            found += len(slots[-1])
+            session += 1
+        return np.concatenate(slots)[:count]
+
+
+@lru_cache(maxsize=32)
+def _build(name: str) -> Calendar:
+    return Continuous(name) if name in ("24/7", "24/5") else Exchange(name)

@@ -1,0 +1,141 @@
+"""The contract between the engine and a model: inputs, one batch, forecasts, and prepare / run / finish."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Protocol
+
+import numpy as np
+
+from models.candles import CLOSE, Floats, Millis, repair_ohlc
+
+DEFAULT_LEVELS: Final = (0.1, 0.5, 0.9)
+QUANTILE_COLUMNS: Final = ("high", "low", "close")
+
+
+class ModelError(ValueError):
+    """The request does not fit the model; `field` is the request field to blame."""
+
+    def __init__(self, detail: str, field: str, code: str = "unsupported_parameter") -> None:
+        super().__init__(detail)
+        self.field = field
+        self.code = code
+
+
+class InvalidModelOutput(RuntimeError):
+    """The network produced something that is not a forecast (NaN, infinity)."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How paths are drawn. `top_k` 0 and `top_p` 1 switch the filters off; both given, they compose."""
+
+    samples: int = 32
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclass(frozen=True)
+class ForecastInput:
+    """One symbol's candles and what is asked of them, already validated."""
+
+    timestamps: Millis  # [T] candle opens, UTC ms
+    candles: Floats  # [T, 6] open high low close volume amount
+    future_timestamps: Millis  # [H]
+    local_times: Millis  # [T + H] exchange-local wall clock in ms, for calendar features
+    levels: tuple[float, ...] = DEFAULT_LEVELS
+    sampling: Sampling = field(default_factory=Sampling)
+    aggregate: str = "median"
+    seed: int = 0
+    with_paths: bool = False
+
+    @property
+    def horizon(self) -> int:
+        return len(self.future_timestamps)
+
+    @property
+    def last_close(self) -> float:
+        return float(self.candles[-1, CLOSE])
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a model says about one symbol. Prices and volumes in the units of the candles."""
+
+    point: Floats  # [H, 5] valid candles
+    levels: tuple[float, ...]  # Q of them, rising
+    quantiles: Mapping[str, Floats]  # high, low, close -> [Q, H]
+    prob_up: Floats  # [H] probability that the close lies above the last known close
+    step_return_quantiles: Floats | None = None  # [Q, H]; None where the model has no joint distribution
+    paths: Floats | None = None  # [S, H, 5]
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a version can take, from its manifest."""
+
+    min_context: int
+    max_context: int
+    max_horizon: int
+    max_total: int | None = None  # context + horizon, where positions are shared (Kronos)
+
+
+@dataclass
+class Batch:
+    """Padded, static-shape tensors of one bucket, with the inputs they came from (rows beyond them are padding)."""
+
+    inputs: Sequence[ForecastInput]
+    tensors: Mapping[str, Any]
+    rows: int
+
+
+Raw = Mapping[str, Any]
+
+
+class Forecaster(Protocol):
+    """One loaded version. `run` is the only device code; `prepare` and `finish` are numpy on the host."""
+
+    family: str
+    limits: Limits
+
+    def bucket(self, item: ForecastInput) -> Hashable:
+        """Requests with equal buckets may share a batch; a function of the request alone."""
+        ...
+
+    def prepare(self, inputs: Sequence[ForecastInput]) -> Batch: ...
+
+    def run(self, batch: Batch) -> Raw: ...
+
+    def finish(self, raw: Raw, batch: Batch) -> list[Forecast]: ...
+
+
+def forecast(forecaster: Forecaster, inputs: Sequence[ForecastInput]) -> list[Forecast]:
+    """Prepare, run and finish `inputs` of one bucket."""
+    batch = forecaster.prepare(inputs)
+    return forecaster.finish(forecaster.run(batch), batch)
+
+
+def pad_rows(count: int) -> int:
+    """The batch size that holds `count` rows: the next power of two."""
+    return 1 << max(0, count - 1).bit_length()
+
+
+def bucket_of(value: int, buckets: Sequence[int]) -> int:
+    """The smallest bucket that holds `value`; ValueError beyond the largest."""
+    for bucket in buckets:
+        if value <= bucket:
+            return bucket
+    raise ValueError(f"{value} exceeds the largest bucket, {buckets[-1]}")
+
+
+def checked(result: Forecast) -> Forecast:
+    """`result` with valid candles as its point and rising quantiles; InvalidModelOutput if it is not finite."""
+    arrays = [result.point, result.prob_up, *result.quantiles.values()]
+    if not all(np.isfinite(values).all() for values in arrays):
+        raise InvalidModelOutput("the model's forecast is not finite")
+    return replace(
+        result,
+        point=repair_ohlc(result.point),
+        quantiles={name: np.sort(values, axis=0) for name, values in result.quantiles.items()},
+    )

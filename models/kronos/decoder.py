@@ -6,7 +6,7 @@ Axes: B symbols, S paths, T context, H horizon, L layers, N heads, W head width,
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -55,20 +55,25 @@ def branched_attention(
     `prefix` keys and values `[B, N, T, W]` are read once for all paths; `own` are `[B, S, N, O, W]`; `masks`
     are added to the scores: `[B, 1, 1, T]` and something broadcastable to `[B, S, N, Q, O]`.
     """
-    B, S, N, Q, W = q.shape
-    q = q * W**-0.5
+    paths = (q.shape[1], q.shape[3])
+    q = q * q.shape[-1] ** -0.5
     together = q.transpose(1, 2).flatten(2, 3)  # [B, N, S * Q, W]
     shared = together @ prefix[0].transpose(-1, -2) + masks[0]  # [B, N, S * Q, T]
-    shared = shared.unflatten(2, (S, Q)).transpose(1, 2)  # [B, S, N, Q, T]
+    shared = shared.unflatten(2, paths).transpose(1, 2)  # [B, S, N, Q, T]
     private = q @ own[0].transpose(-1, -2) + masks[1]
     weights = torch.cat((shared, private), dim=-1).softmax(-1)
     on_prefix, on_own = weights.split((shared.shape[-1], private.shape[-1]), dim=-1)
     from_prefix = on_prefix.transpose(1, 2).flatten(2, 3) @ prefix[1]
-    return from_prefix.unflatten(2, (S, Q)).transpose(1, 2) + on_own @ own[1]
+    combined: Tensor = from_prefix.unflatten(2, paths).transpose(1, 2) + on_own @ own[1]
+    return combined
 
 
 class FusedBlock(nn.Module):
     """A Block with one matrix for queries, keys, values and one for both halves of the feed-forward."""
+
+    qkv: Tensor
+    qkv_bias: Tensor
+    gate_value: Tensor
 
     def __init__(self, block: Block) -> None:
         super().__init__()
@@ -101,6 +106,12 @@ class FusedBlock(nn.Module):
 class KronosDecoder(nn.Module):
     """Both networks of a Kronos version, ready to serve. `pad` `[B]` counts padding candles on the left."""
 
+    coarse_table: Tensor
+    fine_table: Tensor
+    query_table: Tensor
+    dependency: Tensor
+    dependency_bias: Tensor
+
     def __init__(self, tokenizer: KronosTokenizer, predictor: KronosPredictor) -> None:
         super().__init__()
         config, embedding, dependency = predictor.config, predictor.embedding, predictor.dep_layer.cross_attn
@@ -108,9 +119,8 @@ class KronosDecoder(nn.Module):
         self.width, self.heads = config.d_model, config.n_heads
         self.embed, self.quantise = tokenizer.embed, tokenizer.quant_embed
         self.expand, self.reconstruct = tokenizer.post_quant_embed, tokenizer.head
-        self.encoder = nn.ModuleList(FusedBlock(b) for b in tokenizer.encoder)
-        self.decoder = nn.ModuleList(FusedBlock(b) for b in tokenizer.decoder)
-        self.blocks = nn.ModuleList(FusedBlock(b) for b in predictor.transformer)
+        self.encoder, self.decoder = _fused(tokenizer.encoder), _fused(tokenizer.decoder)
+        self.blocks = _fused(predictor.transformer)
         self.norm, self.time_emb = predictor.norm, predictor.time_emb
         self.dependency_norm, self.dependency_out = predictor.dep_layer.norm, dependency.out_proj
         self.coarse_head, self.fine_head = predictor.head.proj_s1, predictor.head.proj_s2
@@ -132,7 +142,7 @@ class KronosDecoder(nn.Module):
         """Coarse and fine tokens `[B, T]` of normalised candles `[B, T, 6]`."""
         z, mask = self.embed(x), _causal_mask(x.shape[1], pad)
         rotary = Rotary(_positions(x.shape[1], pad), self.tokens.d_model // self.tokens.n_heads)
-        for block in self.encoder:
+        for block in _each(self.encoder):
             z, _, _ = block(z, rotary, mask)
         coarse, fine = self.quantise(z).split((self.tokens.s1_bits, self.tokens.s2_bits), dim=-1)
         return pack_bits(coarse), pack_bits(fine)
@@ -143,7 +153,7 @@ class KronosDecoder(nn.Module):
         x = F.embedding(coarse, self.coarse_table) + F.embedding(fine, self.fine_table) + self.time_emb(stamps)
         rotary, mask = Rotary(_positions(T, pad), self.width // self.heads), _causal_mask(T, pad)
         keys, values = [], []
-        for block in self.blocks:
+        for block in _each(self.blocks):
             x, k, v = block(x, rotary, mask)
             keys.append(k)
             values.append(v)
@@ -186,7 +196,7 @@ class KronosDecoder(nn.Module):
         rotary = _path_rotary(position.unsqueeze(-1), self.width // self.heads)
         masks = (prefix.mask, F.pad(empty, (0, 1)))
         keys, values = [], []
-        for layer, block in enumerate(self.blocks):
+        for layer, block in enumerate(_each(self.blocks)):
             q, k, v = block.project(x, rotary)  # [B, S, N, 1, W]
             own = (torch.cat((cache.keys[layer], k), dim=-2), torch.cat((cache.values[layer], v), dim=-2))
             x = block.finish(x, branched_attention(q, (prefix.keys[layer], prefix.values[layer]), own, masks))
@@ -214,7 +224,7 @@ class KronosDecoder(nn.Module):
             torch.where(torch.arange(T, device=pad.device) >= pad.unsqueeze(-1), 0.0, -torch.inf)[:, None, None],
             torch.where(order <= order.unsqueeze(-1), 0.0, -torch.inf),
         )
-        for block in self.decoder:
+        for block in _each(self.decoder):
             q, k, v = block.project(x, path_rotary)  # [B, S, N, H, W]
             shared, prefix_k, prefix_v = block(shared, rotary, mask)
             x = block.finish(x, branched_attention(q, (prefix_k, prefix_v), (k, v), masks))
@@ -232,7 +242,17 @@ class KronosDecoder(nn.Module):
         table = self.coarse_table
         own = (len(self.blocks), rows, paths, self.heads, horizon, self.width // self.heads)
         dependency = (rows, paths, DEPENDENCY_HEADS, horizon, self.width // DEPENDENCY_HEADS)
-        return Entries(table.new_zeros(own), table.new_zeros(own), table.new_zeros(dependency), table.new_zeros(dependency))
+        return Entries(
+            table.new_zeros(own), table.new_zeros(own), table.new_zeros(dependency), table.new_zeros(dependency)
+        )
+
+
+def _fused(blocks: nn.ModuleList) -> nn.ModuleList:
+    return nn.ModuleList(FusedBlock(cast(Block, block)) for block in blocks)
+
+
+def _each(blocks: nn.ModuleList) -> list[FusedBlock]:
+    return cast(list[FusedBlock], list(blocks))
 
 
 def _positions(length: int, pad: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from models.calendars import calendar_features
-from models.candles import AMOUNT, CLOSE, PRICES, Floats, repair_ohlc
+from models.candles import AMOUNT, CLOSE, PRICES, VARIATES, Floats, repair_ohlc
 from models.forecaster import (
     QUANTILE_COLUMNS,
     Batch,
@@ -20,7 +20,6 @@ from models.forecaster import (
     checked,
     pad_rows,
 )
-from models.candles import VARIATES
 from models.kronos.decoder import Controls, Entries, KronosDecoder
 from models.kronos.network import KronosPredictor, PredictorConfig
 from models.kronos.tokenizer import KronosTokenizer, TokenizerConfig

@@ -1,4 +1,5 @@
-"""Kronos' predictor as it is trained: published parameter names, full causal forward (Shi et al. 2025, arXiv 2508.02739).
+"""Kronos' predictor as it is trained: published parameter names, full causal forward
+(Shi et al. 2025, arXiv 2508.02739).
 
 Axes: B batch, T time, D width, N heads. A token is a pair: coarse (the checkpoint's s1) and fine (s2).
 Serving runs the fused form of the same weights, models/kronos/decoder.py.

@@ -9,7 +9,8 @@ def quantize(z: Tensor) -> Tensor:
     """Signs of `z` `[..., bits]` as +-1 / sqrt(bits), with a straight-through gradient to the unit sphere."""
     unit = F.normalize(z, dim=-1)
     signs = torch.where(unit > 0, 1.0, -1.0)
-    return (unit + (signs - unit).detach()) * z.shape[-1] ** -0.5
+    code: Tensor = (unit + (signs - unit).detach()) * z.shape[-1] ** -0.5
+    return code
 
 
 def pack_bits(code: Tensor) -> Tensor:
@@ -36,4 +37,5 @@ def entropy_penalty(z: Tensor, group: int, *, per_sample: float, codebook: float
     soft = (2 * z.unflatten(-1, (-1, group)) @ codes.T).softmax(-1)  # [..., groups, 2^group]
     usage = soft.flatten(0, -3).mean(0)
     used = -(usage * (usage + 1e-8).log()).sum(-1).sum()
-    return per_sample * certain - codebook * used
+    penalty: Tensor = per_sample * certain - codebook * used
+    return penalty

@@ -90,4 +90,5 @@ def code_of(coarse: Tensor, fine: Tensor, config: TokenizerConfig) -> Tensor:
     """The quantised vector `[..., bits]` that a token pair stands for."""
     bits = config.s1_bits + config.s2_bits
     parts = (unpack_bits(coarse, config.s1_bits), unpack_bits(fine, config.s2_bits))
-    return torch.cat(parts, dim=-1) * bits**-0.5
+    code: Tensor = torch.cat(parts, dim=-1) * bits**-0.5
+    return code

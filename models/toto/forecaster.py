@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.candles import AMOUNT, CLOSE, VARIATES, VOLUME, Floats
+from models.candles import CLOSE, PRICES, VARIATES
 from models.forecaster import (
     QUANTILE_COLUMNS,
     Batch,
@@ -23,16 +23,20 @@ from models.forecaster import (
 from models.layers import load_strictly
 from models.toto import mixture as student_mixture
 from models.toto.network import Mixture, TotoConfig, TotoNetwork
+from models.toto.transform import transform_of
 
 # Whole patches in fours: every matrix product then has a multiple of 4 rows, whose bits on a CPU do not
 # depend on how many rows there are.
 _TAIL: Final = 4
 _PRICE_FLOOR: Final = 1e-6  # of the last close
-_VOLUME_FLOOR: Final = 1e-3  # of the median volume, under a logarithm
+_QUANTILE_VARIATES: Final = tuple(VARIATES.index(name) for name in QUANTILE_COLUMNS)
 
 
 class TotoDecoder(nn.Module):
     """The pure function that runtimes execute: `forward`."""
+
+    head: Tensor
+    head_bias: Tensor
 
     def __init__(self, network: TotoNetwork) -> None:
         super().__init__()
@@ -58,13 +62,15 @@ class TotoForecaster:
 
     family = "toto"
 
-    def __init__(self, network: TotoNetwork, *, max_context: int, log_scales: tuple[float, float] | None = None) -> None:
-        """`log_scales` (price, volume): the network sees scale x log(value / first value) instead of values."""
+    def __init__(
+        self, network: TotoNetwork, *, max_context: int, log_scales: tuple[float, float] | None = None
+    ) -> None:
+        """`log_scales` (price, volume) selects models/toto/transform.py's LogScales."""
         self.network = network.eval()
         self.decoder = TotoDecoder(self.network).eval()
         patch = network.config.patch_size
         self.limits = Limits(min_context=2, max_context=max_context, max_horizon=patch)
-        self._log_scales = log_scales
+        self._transform = transform_of(log_scales)
         self._contexts = [_TAIL * patch]
         while self._contexts[-1] < max_context:
             self._contexts.append(2 * self._contexts[-1])
@@ -89,7 +95,7 @@ class TotoForecaster:
         values = np.zeros((rows, len(VARIATES), length), dtype=np.float32)
         weights = np.zeros((rows, 1, length), dtype=np.float32)
         for row, item in enumerate(inputs):
-            series = self._encode(item.candles)
+            series = self._transform.encode(item.candles, len(item.candles))
             values[row, :, length - len(series) :] = series.T
             weights[row, :, length - len(series) :] = 1
         device = self.decoder.head.device
@@ -113,59 +119,28 @@ class TotoForecaster:
         """`steps` is `[V, H, K]` in the scaler's units; location and scale `[V]` undo it."""
         if item.aggregate not in ("median", "mean"):
             raise ModelError(f"Toto has no paths: aggregate {item.aggregate!r} is not median or mean", "aggregate")
-        if item.aggregate == "mean" and self._log_scales:
+        if item.aggregate == "mean" and not self._transform.has_mean:
             raise ModelError("this version forecasts logarithms, whose price has no mean: use median", "aggregate")
-        levels = (*item.levels, 0.5)
-        unscaled = student_mixture.quantiles(steps, levels) * scale.unsqueeze(-1) + loc.unsqueeze(-1)  # [Q + 1, V, H]
-        quantiles = self._decode(unscaled.numpy(), item)
-        point = quantiles[-1]
-        if item.aggregate == "mean":
-            expected = student_mixture.mean(steps) * scale.unsqueeze(-1) + loc.unsqueeze(-1)
-            point = self._decode(expected.numpy()[None], item)[0]
-        reached = self._encode_close(item)
-        prob_up = 1 - student_mixture.cdf(_variate(steps, CLOSE), (reached - loc[CLOSE]) / scale[CLOSE])
+        close = self._transform.encode(item.candles, len(item.candles))[-1, CLOSE]
+        prob_up = 1 - student_mixture.cdf(_variate(steps, CLOSE), (torch.tensor(close) - loc[CLOSE]) / scale[CLOSE])
+        central = (
+            student_mixture.quantiles(steps, (0.5,))[0] if item.aggregate == "median" else student_mixture.mean(steps)
+        )
+        prices = Mixture(*(parameter[list(_QUANTILE_VARIATES)] for parameter in steps))
+        spread = torch.zeros(len(item.levels), *central.shape, dtype=torch.float64)
+        spread[:, list(_QUANTILE_VARIATES)] = student_mixture.quantiles(prices, item.levels)
+        scaled = torch.cat([central.unsqueeze(0), spread]) * scale.unsqueeze(-1) + loc.unsqueeze(-1)  # [1 + Q, V, H]
+        rows = self._transform.decode(scaled.transpose(-1, -2).numpy(), item.candles)
+        rows[..., PRICES] = np.maximum(rows[..., PRICES], _PRICE_FLOOR * item.last_close)
         return checked(
             Forecast(
-                point=point.T,
+                point=rows[0],
                 levels=item.levels,
-                quantiles={name: quantiles[:-1, VARIATES.index(name)] for name in QUANTILE_COLUMNS},
+                quantiles={name: rows[1:, :, VARIATES.index(name)] for name in QUANTILE_COLUMNS},
                 prob_up=prob_up.numpy(),
             )
         )
 
-    # -- the version's transform -----------------------------------------------------------------
-
-    def _encode(self, candles: Floats) -> Floats:
-        """What the network sees of `[T, 6]` candles, `[T, 5]`."""
-        if not self._log_scales:
-            return candles[:, :AMOUNT]
-        price, volume = self._log_scales
-        logs = np.log(candles[:, :VOLUME] / candles[0, CLOSE]) * price
-        return np.column_stack([logs, np.log(candles[:, VOLUME].clip(_volume_floor(candles))) * volume - self._volume_origin(candles)])
-
-    def _volume_origin(self, candles: Floats) -> float:
-        assert self._log_scales
-        return float(np.log(max(candles[0, VOLUME], _volume_floor(candles))) * self._log_scales[1])
-
-    def _encode_close(self, item: ForecastInput) -> Tensor:
-        return torch.tensor(self._encode(item.candles)[-1, CLOSE], dtype=torch.float64)
-
-    def _decode(self, values: Floats, item: ForecastInput) -> Floats:
-        """Prices and volumes `[Q, V, H]` of network units, prices floored above zero."""
-        out = values.copy()
-        if self._log_scales:
-            price, volume = self._log_scales
-            out[:, :VOLUME] = np.exp(values[:, :VOLUME] / price) * item.candles[0, CLOSE]
-            out[:, VOLUME] = np.exp((values[:, VOLUME] + self._volume_origin(item.candles)) / volume)
-        out[:, :VOLUME] = np.maximum(out[:, :VOLUME], _PRICE_FLOOR * item.last_close)
-        return out
-
 
 def _variate(steps: Mixture, index: int) -> Mixture:
     return Mixture(*(parameter[index] for parameter in steps))
-
-
-def _volume_floor(candles: Floats) -> float:
-    """A small positive volume in the series' own units: a candle without trades has no logarithm."""
-    traded = candles[candles[:, VOLUME] > 0, VOLUME]
-    return float(np.median(traded)) * _VOLUME_FLOOR if len(traded) else 1.0

@@ -36,7 +36,8 @@ def log_density(mixture: Mixture, y: Tensor) -> Tensor:
     z = (y.unsqueeze(-1) - mixture.loc) / mixture.scale
     constant = _log_constant(mixture.df) - 0.5 * mixture.df.log() - mixture.scale.log()
     parts = constant - (mixture.df + 1) / 2 * torch.log1p(z**2 / mixture.df)
-    return torch.logsumexp(mixture.log_weights + parts, dim=-1)
+    total: Tensor = torch.logsumexp(mixture.log_weights + parts, dim=-1)
+    return total
 
 
 def cdf(mixture: Mixture, y: Tensor) -> Tensor:
@@ -54,7 +55,8 @@ def _rough_cdf(mixture: Mixture, y: Tensor) -> Tensor:
     """The distribution function to about 1e-3, through Wallace's normal approximation of Student-T (1959)."""
     z, df = (y.unsqueeze(-1) - mixture.loc) / mixture.scale, mixture.df
     normal = torch.sign(z) * (8 * df + 1) / (8 * df + 3) * (df * torch.log1p(z**2 / df)).sqrt()
-    return (mixture.log_weights.exp() * torch.special.ndtr(normal)).sum(-1)
+    total: Tensor = (mixture.log_weights.exp() * torch.special.ndtr(normal)).sum(-1)
+    return total
 
 
 def _solve(mixture: Mixture, q: Tensor, y: Tensor, low: Tensor, high: Tensor, *, rough: bool) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import RMSNorm, merge_heads, rotary_angles, split_heads, swiglu
+from models.layers import RMSNorm, merge_heads, rotary_angles, swiglu
 from models.toto.scaler import causal_patch_scale
 
 _SCALER = "<class 'model.scaler.CausalPatchStdMeanScaler'>"
@@ -39,7 +39,7 @@ class TotoConfig:
     def from_published(cls, config: Mapping[str, Any]) -> "TotoConfig":
         """Read the published layout; ValueError names what this implementation does not know."""
         known = dict(config)
-        scale_exponent = float(known.pop("scale_factor_exponent", 10.0))
+        scale_exponent: float | None = float(known.pop("scale_factor_exponent", 10.0))
         if not known.pop("stabilize_with_global", True):
             scale_exponent = None
         for key, expected in (("scaler_cls", _SCALER), ("output_distribution_classes", [_MIXTURE])):
@@ -184,15 +184,22 @@ class PatchEmbedding(nn.Module):
         return embedded
 
 
+class Transformer(nn.Module):
+    """The stack of layers."""
+
+    def __init__(self, config: TotoConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(config, config.is_spacewise(i)) for i in range(config.num_layers))
+
+
 class TotoNetwork(nn.Module):
     """The backbone of Toto with its published parameter names."""
 
     def __init__(self, config: TotoConfig) -> None:
         super().__init__()
         self.config = config
-        layers = nn.ModuleList(Layer(config, config.is_spacewise(i)) for i in range(config.num_layers))
         self.patch_embed = PatchEmbedding(config.patch_size, config.embed_dim)
-        self.transformer = nn.ModuleDict({"layers": layers})
+        self.transformer = Transformer(config)
         self.unembed = nn.Linear(config.embed_dim, config.embed_dim * config.patch_size)
         self.output_distribution = MixtureHead(config.embed_dim, config.components)
         timewise = [i for i in range(config.num_layers) if not config.is_spacewise(i)]
@@ -211,14 +218,14 @@ class TotoNetwork(nn.Module):
         B, V, T = values.shape
         S = self.config.patch_size
         scaled = (values.unflatten(-1, (-1, S)) - loc.unsqueeze(-1)) / scale.unsqueeze(-1)
-        x = self.patch_embed(scaled)  # [B, V, P, D]
+        x: Tensor = self.patch_embed(scaled)  # [B, V, P, D]
         P = T // S
         real = weights.unflatten(-1, (-1, S)).amax(-1) > 0  # [B, 1, P]
         mask = torch.ones(P, P, dtype=torch.bool, device=values.device).tril() & real.unsqueeze(-2)
         mask = mask | torch.eye(P, dtype=torch.bool, device=values.device)  # padding rows see themselves: no 0 / 0
         mask = mask.expand(B, V, P, P).flatten(0, 1).unsqueeze(1)
         rotary = Rotary(P, self.config.embed_dim // self.config.num_heads, values.device)
-        for index, layer in enumerate(self.transformer["layers"]):
+        for index, layer in enumerate(self.transformer.layers):
             x = layer(x, rotary, mask, x.shape[2] if index < self._last_timewise else patches)
         return x
 

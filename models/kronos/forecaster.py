@@ -84,8 +84,7 @@ class KronosForecaster:
         }
         for row, item in enumerate(inputs):
             length, sampling = len(item.candles), item.sampling
-            loc, scale = _statistics(item.candles)
-            arrays["candles"][row, context - length :] = ((item.candles - loc) / scale).clip(-_CLIP, _CLIP)
+            arrays["candles"][row, context - length :] = normalise(item.candles, item.candles)
             arrays["pad"][row] = context - length
             arrays["stamps"][row, context - length : context + item.horizon] = calendar_features(item.local_times)
             drawn = draw_uniforms(item.seed, sampling.samples, item.horizon, 2)
@@ -154,6 +153,12 @@ class KronosForecaster:
                 else (),
             )
         )
+
+
+def normalise(candles: Floats, context: Floats) -> Floats:
+    """`[T, 6]` candles in standard deviations of the context, clipped to +-5: one definition for training too."""
+    loc, scale = _statistics(context)
+    return ((candles - loc) / scale).clip(-_CLIP, _CLIP)
 
 
 def _statistics(candles: Floats) -> tuple[Floats, Floats]:

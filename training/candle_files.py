@@ -41,6 +41,7 @@ _NAMES: Final[Mapping[str, tuple[str, ...]]] = {
 }
 _PER_MS: Final = (1e-3, 1.0, 1e3, 1e6)  # seconds, milliseconds, microseconds, nanoseconds
 _DAY_ORDERS: Final = ("%m/%d/%Y", "%d/%m/%Y")
+_ZONE: Final = r"(?:Z|:\d\d\S*[+-]\d\d(?::?\d\d)?)$"
 _UNREADABLE: Final = -1
 _INTERVAL_UNITS: Final = ((7 * DAY_MS, "w"), (DAY_MS, "d"), (3_600_000, "h"), (60_000, "m"))
 
@@ -102,8 +103,7 @@ def read(path: Path, *, adjust: bool = False) -> tuple[Series, FileReport]:
     invalid = readable & np.any([broken for broken, _ in candle_faults(candles)], axis=0)
     good = np.flatnonzero(readable & ~invalid)
     order = good[np.argsort(timestamps[good], kind="stable")]
-    last_of_equals = np.append(np.diff(timestamps[order]) > 0, [True] * bool(len(order)))
-    kept = order[last_of_equals]
+    kept = order[np.diff(timestamps[order], append=LATEST_MS + 1) > 0]
     symbol = _symbol(path)
     report = FileReport(
         file=path.name,
@@ -214,7 +214,10 @@ def _parsed(path: Path, text: "pd.Series[str]") -> Millis:
     """ISO 8601, or month/day/year in whichever order reads more cells; without a zone it is UTC."""
     text = text.where(text.str.len() >= len("20240131"))  # a row number such as 2004 is not a year
     if not text.str.contains("/", regex=False, na=False).any():
-        return _as_millis(pd.to_datetime(text, format="ISO8601", errors="coerce", utc=True))
+        zoned = text.str.contains(_ZONE, na=False)  # read apart: pandas lends a zone to the cells without one
+        cells = (text.where(zoned), text.mask(zoned))
+        with_zone, without = (pd.to_datetime(c, format="ISO8601", errors="coerce", utc=True) for c in cells)
+        return _as_millis(with_zone.fillna(without))
     orders = [pd.to_datetime(text, format=order, errors="coerce", utc=True) for order in _DAY_ORDERS]
     readable = [int(times.notna().sum()) for times in orders]
     if readable[0] == readable[1] and (orders[0] != orders[1]).any():

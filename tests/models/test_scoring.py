@@ -125,7 +125,9 @@ def test_ewma_volatility_does_not_know_the_future(rng: np.random.Generator) -> N
 def test_walk_spreads_with_the_root_of_the_step() -> None:
     sigma = scoring.walk_sigma(np.array([0.01, 0.02]), 4)
     np.testing.assert_allclose(sigma[1], [0.02, 0.02 * 2**0.5, 0.02 * 3**0.5, 0.04])
-    np.testing.assert_allclose(scoring.walk_quantiles(sigma, (0.1, 0.5, 0.9))[:, 0, 3], norm.ppf([0.1, 0.5, 0.9]) * 0.02)
+    np.testing.assert_allclose(
+        scoring.walk_quantiles(sigma, (0.1, 0.5, 0.9))[:, 0, 3], norm.ppf([0.1, 0.5, 0.9]) * 0.02
+    )
 
 
 # -- comparisons -----------------------------------------------------------------------------------

@@ -23,7 +23,6 @@ from models.candles import (
     Floats,
     Millis,
     candle_faults,
-    repair_ohlc,
     with_amount,
 )
 
@@ -135,6 +134,8 @@ def _table(path: Path) -> pd.DataFrame:
         table = pd.read_csv(path, dtype=str, encoding="utf-8-sig")
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise CandleFileError(f"{path} is not a CSV file: {error}") from error
+    if not isinstance(table.index, pd.RangeIndex):  # pandas would shift every column by the surplus
+        raise CandleFileError(f"{path}: its rows have more cells than its header has names")
     table.columns = [str(name).strip().strip("<>").lower().replace("_", " ") for name in table.columns]
     if table.columns[0] == "price" and len(table) > 1 and table.iloc[0, 0] == "Ticker":
         table = _without_yfinance_header(path, table)
@@ -188,10 +189,7 @@ def _adjusted(candles: Floats, adjusted_close: Floats) -> Floats:
     """Prices scaled by adjusted close / close, volume divided by it; what was traded in money stays."""
     with np.errstate(divide="ignore", invalid="ignore"):  # such rows are dropped as invalid
         factor = (adjusted_close / candles[:, CLOSE])[:, None]
-        scaled = np.column_stack([candles[:, PRICES] * factor, candles[:, VOLUME, None] / factor])
-    sound = ~np.any([broken for broken, _ in candle_faults(candles[:, :AMOUNT])], axis=0)
-    scaled[sound] = repair_ohlc(scaled[sound])  # the scaling rounds: a high may end 1e-16 below its open
-    return np.column_stack([scaled, candles[:, AMOUNT]])
+        return np.column_stack([candles[:, PRICES] * factor, candles[:, VOLUME, None] / factor, candles[:, AMOUNT]])
 
 
 def _timestamps(path: Path, table: pd.DataFrame) -> Millis:

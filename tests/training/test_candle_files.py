@@ -244,8 +244,13 @@ def test_a_folder_without_csv_files_is_refused(tmp_path: Path) -> None:
             load(folder)
 
 
+def test_rows_longer_than_the_header_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CandleFileError, match="more cells than its header"):
+        read(write(tmp_path, HEADER, *(f"{row}," for row in ROWS)))
+
+
 def test_an_empty_file_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(CandleFileError, match="BTC-USDT.csv is not a CSV file"):
+    with pytest.raises(CandleFileError, match=r"BTC-USDT\.csv is not a CSV file"):
         read(write(tmp_path, ""))
 
 

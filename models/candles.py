@@ -44,9 +44,7 @@ class TooFewCandles(InvalidCandles):
     """The model needs more candles than it was given."""
 
     def __init__(self, needed: int, got: int) -> None:
-        super().__init__(
-            f"the model needs {needed} candles, got {got}", code="too_few_candles"
-        )
+        super().__init__(f"the model needs {needed} candles, got {got}", code="too_few_candles")
         self.needed = needed
         self.got = got
 

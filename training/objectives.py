@@ -101,7 +101,7 @@ def start_at_random_walk(network: TotoNetwork, first_scale: float = 0.1) -> None
         spread = first_scale * torch.arange(1, patch + 1).sqrt()
         unembed[:, 1].mul_(0.1)
         bias[:, 1] = torch.expm1(spread).log()  # softplus^-1
-        head.scale_proj.weight.mul_(0.1)
+        head.scale_proj.weight.mul_(0.5)
         head.scale_proj.weight[:, 1] = 1
         head.scale_proj.weight[:, 0] = 0
         head.scale_proj.bias.copy_(torch.linspace(-0.5, 0.5, config.components))

@@ -4,7 +4,6 @@ from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 
-
 import numpy as np
 import pandas as pd
 import pytest

@@ -26,8 +26,8 @@ class Origin(_Strict):
 
     kind: Literal["trained", "imported", "child"]
     source: str = Field(description="Recipe, hub id or folder name.")
-    revision: str | None = Field(None, description="Hub revision, or the parent's version.")
-    licence: str | None = Field(None, description="SPDX identifier of the weights' licence.")
+    revision: str | None = Field(default=None, description="Hub revision, or the parent's version.")
+    licence: str | None = Field(default=None, description="SPDX identifier of the weights' licence.")
 
 
 class ModelLimits(_Strict):
@@ -36,7 +36,7 @@ class ModelLimits(_Strict):
     min_context: int = Field(ge=1)
     max_context: int = Field(ge=1)
     max_horizon: int = Field(ge=1)
-    max_total: int | None = Field(None, description="Context + horizon, where they share positions.")
+    max_total: int | None = Field(default=None, description="Context + horizon, where they share positions.")
 
 
 class Metric(_Strict):
@@ -44,7 +44,7 @@ class Metric(_Strict):
 
     value: float
     naive: float | None = None
-    walk: float | None = Field(None, description="The EWMA random walk's score.")
+    walk: float | None = Field(default=None, description="The EWMA random walk's score.")
     low: float | None = None
     high: float | None = None
 
@@ -60,6 +60,10 @@ class Evaluation(_Strict):
     horizon: int
     origins: int
     samples: int | None = None
+    crps_estimator: Literal["ensemble", "quantiles"] | None = Field(
+        default=None,
+        description="Fair over paths, or 2 x mean pinball over even levels; the walk's CRPS is of the same kind.",
+    )
     metrics: dict[str, Metric]
 
 

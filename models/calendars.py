@@ -5,7 +5,7 @@ an exchange of the `exchange_calendars` package. All times are UTC milliseconds.
 """
 
 from functools import lru_cache
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,11 +55,12 @@ def get_calendar(name: str) -> Calendar:
 
 
 def infer_calendar(timestamps: Millis, interval: str) -> str:
-    """The calendar that explains the candles: `24/7` if any opens on a Saturday, else New York's if all of
-    them are its slots, else `24/5` if a weekend passed without candles, else `24/7`."""
+    """The calendar that explains the candles: `24/7` if any opens on a Saturday or they
+    last longer than a day, else New York's if all of them are its slots, else `24/5` if a weekend passed without
+    candles, else `24/7`."""
     recent = timestamps[-_SEARCHED:]
     weekdays = (recent - _MONDAY_MS) // DAY_MS % 7
-    if (weekdays == 5).any():
+    if (weekdays == 5).any() or interval_ms(interval) > DAY_MS:
         return "24/7"
     try:
         get_calendar("XNYS").check(recent, interval)
@@ -116,10 +117,10 @@ class Continuous:
             return np.zeros(len(timestamps), dtype=bool)
         if interval_ms(interval) == DAY_MS:
             weekday = (timestamps - _MONDAY_MS) // DAY_MS % 7
-            return (weekday == 5) | ((weekday == 6) & (slack == 0))
+            return np.asarray((weekday == 5) | ((weekday == 6) & (slack == 0)))
         since_monday = (_wall_clock(timestamps, "America/New_York") - _MONDAY_MS) % _WEEK_MS
         friday, sunday = 4 * DAY_MS + 17 * HOUR_MS, 6 * DAY_MS + 17 * HOUR_MS
-        return (since_monday >= friday + slack) & (since_monday < sunday - slack)
+        return np.asarray((since_monday >= friday + slack) & (since_monday < sunday - slack))
 
     def check(self, timestamps: Millis, interval: str) -> None:
         off = (timestamps - timestamps[0]) % interval_ms(interval) != 0
@@ -131,9 +132,10 @@ class Continuous:
 
     def following(self, timestamps: Millis, interval: str, count: int) -> Millis:
         step = interval_ms(interval)
-        spare = (count * step // (5 * DAY_MS) + 1) * 2 * DAY_MS // step + 1 if self._weekend else 0
+        weekends = count * step // (5 * DAY_MS) + 1 if self._weekend else 0
+        spare = weekends * ((2 * DAY_MS + HOUR_MS) // step + 1)  # 49 hours where summer time ends
         grid = timestamps[-1] + step * np.arange(1, count + spare + 1, dtype=np.int64)
-        return grid[~self._closed(grid, interval)][:count]
+        return np.asarray(grid[~self._closed(grid, interval)][:count])
 
     def closes(self, timestamps: Millis, interval: str) -> Millis:
         return timestamps + interval_ms(interval)
@@ -165,8 +167,11 @@ class Exchange:
         self.name = name
         self.timezone = str(schedule.tz)
         self._dates: Millis = schedule.sessions.as_unit("ms").asi8
-        self._opens: Millis = pd.DatetimeIndex(schedule.opens).as_unit("ms").asi8
-        self._closes: Millis = pd.DatetimeIndex(schedule.closes).as_unit("ms").asi8
+        self._opens = _instants(schedule.opens)
+        self._closes = _instants(schedule.closes)
+        # A lunch break cuts a session in two: within a day the grid starts anew after it.
+        self._segment_opens = np.union1d(self._opens, _instants(schedule.break_ends.dropna()))
+        self._segment_closes = np.union1d(self._closes, _instants(schedule.break_starts.dropna()))
         midnights = schedule.sessions.tz_localize(self.timezone).tz_convert("UTC")
         self._midnights: Millis = midnights.as_unit("ms").asi8
 
@@ -175,15 +180,9 @@ class Exchange:
         if step > DAY_MS:
             off = (timestamps - timestamps[0]) % step != 0
         elif step == DAY_MS:
-            labels = self._labels(timestamps)
-            position = np.minimum(np.searchsorted(labels, timestamps), len(labels) - 1)
-            off = labels[position] != timestamps
+            off = ~_is_in(timestamps, self._labels(timestamps))
         else:
-            session = self._session(timestamps)
-            opens = self._opens[session]
-            from_clock = timestamps[0] % step == 0
-            aligned = timestamps % step == 0 if from_clock else (timestamps - opens) % step == 0
-            off = ~aligned | (timestamps <= opens - step)
+            off = ~self._aligned(timestamps, step)[0]
         if off.any():
             row = int(off.argmax())
             raise _off_grid(row, int(timestamps[row]), self.name, interval)
@@ -196,7 +195,7 @@ class Exchange:
             labels = self._labels(timestamps)
             found = labels[np.searchsorted(labels, last, "right") :][:count]
         else:
-            found = self._slots(last, step, count)
+            found = self._slots(last, step, count, from_opening=self._aligned(timestamps, step)[1])
         if len(found) < count:
             raise InvalidCandles(f"calendar {self.name} ends before {count} more {interval} candles", code="off_grid")
         return found
@@ -207,7 +206,7 @@ class Exchange:
             return timestamps + step
         if step == DAY_MS:
             return self._closes[np.searchsorted(self._labels(timestamps), timestamps)]
-        return np.minimum(timestamps + step, self._closes[self._session(timestamps)])
+        return np.minimum(timestamps + step, self._segment_closes[self._segment(timestamps)])
 
     def opens(self, closes: Millis, interval: str) -> Millis:
         step = interval_ms(interval)
@@ -229,34 +228,52 @@ class Exchange:
         return _wall_clock(timestamps, self.timezone)
 
     def _labels(self, timestamps: Millis) -> Millis:
-        """The daily labelling that the first candle follows."""
-        for labels in (self._dates, self._midnights, self._opens):
-            position = np.searchsorted(labels, timestamps[0])
-            if position < len(labels) and labels[position] == timestamps[0]:
-                return labels
-        raise _off_grid(0, int(timestamps[0]), self.name, "1d")
+        """The daily labelling that most candles follow; in a London winter two of them coincide."""
+        best = max((self._dates, self._midnights, self._opens), key=lambda labels: _is_in(timestamps, labels).sum())
+        if not _is_in(timestamps, best).any():
+            raise _off_grid(0, int(timestamps[0]), self.name, "1d")
+        return best
 
-    def _session(self, timestamps: Millis) -> NDArray[np.int64]:
-        """Index of the first session that closes after each timestamp."""
-        session = np.searchsorted(self._closes, timestamps, "right")
-        if session[-1] >= len(self._closes):
+    def _segment(self, timestamps: Millis) -> NDArray[np.int64]:
+        """Index of the first stretch of trading that closes after each timestamp."""
+        segment = np.searchsorted(self._segment_closes, timestamps, "right")
+        if segment[-1] >= len(self._segment_closes):
             raise InvalidCandles(f"calendar {self.name} does not reach the last candle", code="off_grid")
-        return session
+        return segment
 
-    def _slots(self, last: int, step: int, count: int) -> Millis:
-        """The `count` intraday slots after `last`, aligned to the session's opening or to the clock as it is."""
-        session = int(self._session(np.array([last]))[0])
-        from_clock = last % step == 0
+    def _aligned(self, timestamps: Millis, step: int) -> tuple[NDArray[np.bool_], bool]:
+        """Which candles lie on the intraday grid, and whether it counts from the opening (else from the clock)."""
+        opens = self._segment_opens[self._segment(timestamps)]
+        trading = timestamps > opens - step
+        from_opening = trading & ((timestamps - opens) % step == 0)
+        from_clock = trading & (timestamps % step == 0)
+        return (from_clock, False) if from_clock.sum() > from_opening.sum() else (from_opening, True)
+
+    def _slots(self, last: int, step: int, count: int, *, from_opening: bool) -> Millis:
+        """The `count` intraday slots after `last`."""
+        segment = int(self._segment(np.array([last]))[0])
         slots: list[NDArray[np.int64]] = []
         found = 0
-        while found < count and session < len(self._opens):
-            first = int(self._opens[session])
-            first -= first % step if from_clock else 0
-            grid = np.arange(first, self._closes[session], step, dtype=np.int64)
+        while found < count and segment < len(self._segment_opens):
+            first = int(self._segment_opens[segment])
+            first -= 0 if from_opening else first % step
+            grid = np.arange(first, self._segment_closes[segment], step, dtype=np.int64)
             slots.append(grid[grid > last])
             found += len(slots[-1])
-            session += 1
+            segment += 1
         return np.concatenate(slots)[:count]
+
+
+def _instants(times: Any) -> Millis:
+    """A pandas series of UTC times in milliseconds."""
+    import pandas as pd
+
+    return np.asarray(pd.DatetimeIndex(times).as_unit("ms").asi8)
+
+
+def _is_in(timestamps: Millis, labels: Millis) -> NDArray[np.bool_]:
+    position = np.minimum(np.searchsorted(labels, timestamps), len(labels) - 1)
+    return np.asarray(labels[position] == timestamps)
 
 
 @lru_cache(maxsize=32)

@@ -44,9 +44,7 @@ class TooFewCandles(InvalidCandles):
     """The model needs more candles than it was given."""
 
     def __init__(self, needed: int, got: int) -> None:
-        super().__init__(
-            f"the model needs {needed} candles, got {got}", code="too_few_candles"
-        )
+        super().__init__(f"the model needs {needed} candles, got {got}", code="too_few_candles")
         self.needed = needed
         self.got = got
 
@@ -80,17 +78,23 @@ def with_amount(candles: Floats) -> Floats:
     return np.column_stack([candles, estimate])
 
 
+def candle_faults(candles: Floats) -> tuple[tuple[NDArray[np.bool_], str], ...]:
+    """Every way a row can fail to be a candle: a mask `[T]` and its reason; `candles` is `[T, 5]` or `[T, 6]`."""
+    prices = candles[:, PRICES]
+    return (
+        (np.asarray(~np.isfinite(candles).all(axis=1)), "holds a value that is not a finite number"),
+        (np.asarray((prices <= 0).any(axis=1)), "has a price that is not above zero"),
+        (np.asarray((candles[:, VOLUME:] < 0).any(axis=1)), "has a negative volume or amount"),
+        (np.asarray(candles[:, HIGH] < prices.max(axis=1)), "has a high below its other prices"),
+        (np.asarray(candles[:, LOW] > prices.min(axis=1)), "has a low above its other prices"),
+    )
+
+
 def check_candles(candles: Floats) -> None:
     """Raise InvalidCandles naming the first row that is not a candle; `candles` is `[T, 5]` or `[T, 6]`."""
     if candles.ndim != 2 or candles.shape[1] not in (5, 6):
         raise InvalidCandles(f"candles must have 5 or 6 columns, got shape {candles.shape}")
-    for broken, reason in (
-        (~np.isfinite(candles).all(axis=1), "holds a value that is not a finite number"),
-        ((candles[:, PRICES] <= 0).any(axis=1), "has a price that is not above zero"),
-        ((candles[:, VOLUME:] < 0).any(axis=1), "has a negative volume or amount"),
-        (candles[:, HIGH] < candles[:, PRICES].max(axis=1), "has a high below its other prices"),
-        (candles[:, LOW] > candles[:, PRICES].min(axis=1), "has a low above its other prices"),
-    ):
+    for broken, reason in candle_faults(candles):
         if broken.any():
             row = int(broken.argmax())
             raise InvalidCandles(f"candle {row} {reason}", row)

@@ -20,9 +20,7 @@ _BUILDERS: Final[Mapping[str, Callable[[Mapping[str, Any], Weights, str], Foreca
 FAMILIES: Final = tuple(_BUILDERS)
 
 
-def build_forecaster(
-    family: str, config: Mapping[str, Any], weights: Weights, device: str = "cpu"
-) -> Forecaster:
+def build_forecaster(family: str, config: Mapping[str, Any], weights: Weights, device: str = "cpu") -> Forecaster:
     """The forecaster of a version's `config.json` and tensors.
 
     Raises WeightsMismatch naming every tensor that is missing, extra or of another shape.

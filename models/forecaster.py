@@ -131,8 +131,9 @@ def bucket_of(value: int, buckets: Sequence[int]) -> int:
 
 def checked(result: Forecast) -> Forecast:
     """`result` with valid candles as its point and rising quantiles; InvalidModelOutput if it is not finite."""
-    arrays = [result.point, result.prob_up, *result.quantiles.values()]
-    if not all(np.isfinite(values).all() for values in arrays):
+    optional = (result.step_return_quantiles, result.paths)
+    arrays = [result.point, result.prob_up, *result.quantiles.values(), *optional]
+    if not all(np.isfinite(values).all() for values in arrays if values is not None):
         raise InvalidModelOutput("the model's forecast is not finite")
     return replace(
         result,

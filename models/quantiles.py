@@ -28,13 +28,6 @@ def unreachable_levels(levels: tuple[float, ...], samples: int) -> list[float]:
     return [level for level in levels if not edge <= level <= 1 - edge]
 
 
-def _trimmed(paths: Floats, low: float, high: float) -> Floats:
-    """Mean of the sorted paths without the lowest `low` and highest `high` share."""
-    count = len(paths)
-    first, last = int(count * low), count - int(count * high)
-    return np.sort(paths, axis=0)[first:last].mean(axis=0)
-
-
 def _level(text: str) -> float:
     level = float(text)
     if not 0 < level < 1:
@@ -49,28 +42,52 @@ def _share(text: str) -> float:
     return percent / 100
 
 
-def _at(paths: Floats, level: float) -> Floats:
-    return path_quantiles(paths, (level,))[0]
+def _quantile(level: float) -> Aggregate:
+    return lambda paths: path_quantiles(paths, (level,))[0]
+
+
+def _trimmed(low: float, high: float) -> Aggregate:
+    """Mean of the sorted paths without the lowest `low` and highest `high` share."""
+
+    def mean(paths: Floats) -> Floats:
+        count = len(paths)
+        first, last = (int(count * share + 1e-9) for share in (low, high))  # 0.29 * 100 is 28.999...
+        kept: Floats = np.sort(paths, axis=0)[first : count - last].mean(axis=0)
+        return kept
+
+    return mean
+
+
+def _plus_std(centre: Aggregate, factor: float) -> Aggregate:
+    return lambda paths: centre(paths) + factor * paths.std(axis=0)
+
+
+def _mix(level: float, weight: float) -> Aggregate:
+    quantile = _quantile(level)
+    return lambda paths: weight * _mean(paths) + (1 - weight) * quantile(paths)
+
+
+def _mean(paths: Floats) -> Floats:
+    mean: Floats = paths.mean(axis=0)
+    return mean
+
+
+def _median(paths: Floats) -> Floats:
+    return np.asarray(np.median(paths, axis=0))
 
 
 _SPECS: Final[tuple[tuple[str, Callable[..., Aggregate]], ...]] = (
-    ("mean", lambda: lambda p: p.mean(axis=0)),
-    ("median", lambda: lambda p: np.median(p, axis=0)),
-    (r"p(\d+)", lambda q: lambda p, q=_level(f"{int(q) / 100}"): _at(p, q)),
-    (rf"quantile_{_NUMBER}", lambda q: lambda p, q=_level(q): _at(p, q)),
-    (rf"trimmed_mean_{_NUMBER}", lambda x: lambda p, x=_share(x): _trimmed(p, x, x)),
-    (rf"lower_trimmed_mean_{_NUMBER}", lambda x: lambda p, x=_share(x): _trimmed(p, x, 0)),
-    (rf"upper_trimmed_mean_{_NUMBER}", lambda x: lambda p, x=_share(x): _trimmed(p, 0, x)),
-    (rf"mean_plus_std_{_NUMBER}", lambda k: lambda p, k=float(k): p.mean(0) + k * p.std(0)),
-    (rf"mean_minus_std_{_NUMBER}", lambda k: lambda p, k=float(k): p.mean(0) - k * p.std(0)),
-    (
-        rf"mean_quantile_mix_{_NUMBER}_{_NUMBER}",
-        lambda q, w: lambda p, q=_level(q), w=float(w): w * p.mean(0) + (1 - w) * _at(p, q),
-    ),
-    (
-        rf"quantile_plus_std_{_NUMBER}_{_NUMBER}",
-        lambda q, k: lambda p, q=_level(q), k=float(k): _at(p, q) + k * p.std(0),
-    ),
+    ("mean", lambda: _mean),
+    ("median", lambda: _median),
+    (r"p(\d+)", lambda q: _quantile(_level(str(int(q) / 100)))),
+    (rf"quantile_{_NUMBER}", lambda q: _quantile(_level(q))),
+    (rf"trimmed_mean_{_NUMBER}", lambda x: _trimmed(_share(x), _share(x))),
+    (rf"lower_trimmed_mean_{_NUMBER}", lambda x: _trimmed(_share(x), 0)),
+    (rf"upper_trimmed_mean_{_NUMBER}", lambda x: _trimmed(0, _share(x))),
+    (rf"mean_plus_std_{_NUMBER}", lambda k: _plus_std(_mean, float(k))),
+    (rf"mean_minus_std_{_NUMBER}", lambda k: _plus_std(_mean, -float(k))),
+    (rf"mean_quantile_mix_{_NUMBER}_{_NUMBER}", lambda q, w: _mix(_level(q), float(w))),
+    (rf"quantile_plus_std_{_NUMBER}_{_NUMBER}", lambda q, k: _plus_std(_quantile(_level(q)), float(k))),
 )
 
 

@@ -1,0 +1,64 @@
+# Two commands matter: `make serve` and `make test`. Both install into .venv what is missing there and nothing else.
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+BIN := .venv/bin
+PINS := -c requirements.lock -c constraints.txt
+SOURCES := models model_store training service tests candlecast.py
+# The first Python on the PATH that is new enough; PYTHON=... overrides it.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+serve: .venv/.installed ## install, train the two demo models if the store has none, start the service
+	$(BIN)/candlecast sample-data data/samples
+	$(BIN)/candlecast train training/recipes/toto-demo.toml --if-missing
+	$(BIN)/candlecast train training/recipes/kronos-demo.toml --if-missing
+	$(BIN)/candlecast serve --load data/samples
+
+test: lint ## lint, types, every test but the long ones
+	$(BIN)/pytest -m "not long"
+
+test-long: .venv/.tested ## the tests that take minutes
+	$(BIN)/pytest -m long
+
+lint: .venv/.tested ## ruff and mypy --strict
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+format: .venv/.tested ## let ruff format and fix the sources
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+# uv reads none of pip's settings: hand it pip's own folder of wheels. The local part of a version (+cpu) stays out of
+# the lock, so that one lock serves the CPU and the CUDA build of torch.
+lock: .venv/bin/python ## compile requirements.lock from pyproject.toml under constraints.txt
+	$(BIN)/pip install --quiet uv
+	UV_FIND_LINKS="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-}}" $(BIN)/uv pip compile --quiet --upgrade pyproject.toml \
+		--all-extras -c constraints.txt --python-version 3.11 --no-annotate --no-emit-index-url --no-emit-find-links \
+		--custom-compile-command "make lock" -o requirements.lock
+	sed -i -E 's/^([^#;]+==[^+;]+)\+[a-z0-9.]+/\1/' requirements.lock
+
+clean: ## delete the environment and every cache; candles, models and what the service wrote stay
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
+	find $(wildcard $(SOURCES)) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "Candlecast needs Python 3.11 or newer on the PATH." >&2; exit 1; }
+	$(PYTHON) -m venv .venv || { rm -rf .venv; echo "On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+
+.venv/.installed: pyproject.toml requirements.lock constraints.txt | .venv/bin/python
+	$(BIN)/pip install --disable-pip-version-check $(PINS) -e '.[samples]'
+	touch $@
+
+# The reference implementations pin versions that nothing else here can live with: they come without dependencies.
+.venv/.tested: .venv/.installed tests/reference.txt
+	$(BIN)/pip install --disable-pip-version-check --quiet $(PINS) -e '.[samples,test,reference]'
+	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps -r tests/reference.txt
+	touch $@
+
+.PHONY: help serve test test-long lint format lock clean

@@ -1,0 +1,1 @@
+"""Kronos (NeoQuasar): candles to token pairs, an autoregressive decoder over them, and back."""

@@ -1,0 +1,172 @@
+"""Kronos behind the Forecaster contract: one prefill per symbol, cached steps over its paths."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.calendars import calendar_features
+from models.candles import AMOUNT, CLOSE, PRICES, VARIATES, Floats, repair_ohlc
+from models.forecaster import (
+    QUANTILE_COLUMNS,
+    Batch,
+    Forecast,
+    ForecastInput,
+    Limits,
+    Raw,
+    bucket_of,
+    checked,
+    pad_rows,
+)
+from models.kronos.decoder import Controls, Entries, KronosDecoder
+from models.kronos.network import KronosPredictor, PredictorConfig
+from models.kronos.tokenizer import KronosTokenizer, TokenizerConfig
+from models.layers import load_strictly
+from models.quantiles import parse_aggregate, path_quantiles, unreachable_levels
+from models.uniforms import draw_uniforms
+
+_CLIP: Final = 5.0
+_EPSILON: Final = 1e-5
+_CONTEXTS: Final = (64, 128, 256, 512, 1024, 2048)
+_HORIZONS: Final = (8, 16, 32, 64, 128, 256, 512, 1024)
+_SAMPLES: Final = (4, 8, 16, 32, 64, 128, 256, 512)  # fours: see models/toto/forecaster.py
+_PRICE_FLOOR: Final = 1e-6  # of the last close
+_LARGEST_UNIFORM: Final = 1 - 2**-24  # a float32 below 1
+
+
+class KronosForecaster:
+    """Sampled paths; statistics of the lookback only."""
+
+    family = "kronos"
+
+    def __init__(
+        self, tokenizer: KronosTokenizer, predictor: KronosPredictor, *, max_context: int, anchor: bool = False
+    ) -> None:
+        """`anchor` scales each path by last close / its reconstruction: the tokenizer's own error of the last
+        candle would otherwise shift every forecast."""
+        self.decoder = KronosDecoder(tokenizer, predictor).eval()
+        self.limits = Limits(
+            min_context=2, max_context=max_context - 1, max_horizon=max_context - 2, max_total=max_context
+        )
+        self._anchor = anchor
+
+    @classmethod
+    def from_weights(cls, config: Mapping[str, Any], weights: Mapping[str, Tensor], device: str) -> "KronosForecaster":
+        """From a version's `config.json` and tensors; WeightsMismatch or ValueError if they do not fit."""
+        tokenizer = KronosTokenizer(TokenizerConfig.from_published(config["tokenizer"]))
+        predictor = KronosPredictor(PredictorConfig.from_published(config["predictor"]))
+        both = torch.nn.ModuleDict({"tokenizer": tokenizer, "predictor": predictor})
+        load_strictly(both, weights, "Kronos")
+        both.to(device)
+        return cls(tokenizer, predictor, max_context=config["context"], anchor=config.get("anchor", False))
+
+    def bucket(self, item: ForecastInput) -> Hashable:
+        return (
+            bucket_of(len(item.candles), _CONTEXTS),
+            bucket_of(item.horizon, _HORIZONS),
+            bucket_of(item.sampling.samples, _SAMPLES),
+        )
+
+    def prepare(self, inputs: Sequence[ForecastInput]) -> Batch:
+        rows, context = pad_rows(len(inputs)), bucket_of(max(len(i.candles) for i in inputs), _CONTEXTS)
+        horizon = bucket_of(max(i.horizon for i in inputs), _HORIZONS)
+        samples = bucket_of(max(i.sampling.samples for i in inputs), _SAMPLES)
+        arrays = {
+            "candles": np.zeros((rows, context, len(VARIATES) + 1), dtype=np.float32),
+            "pad": np.full(rows, context - 1),  # a padding row holds one candle of zeros
+            "stamps": np.ones((rows, context + horizon, 5), dtype=np.int64),
+            "uniforms": np.zeros((rows, samples, horizon, 2), dtype=np.float32),
+            "temperature": np.ones(rows, dtype=np.float32),
+            "top_k": np.zeros(rows, dtype=np.int64),
+            "top_p": np.ones(rows, dtype=np.float32),
+        }
+        for row, item in enumerate(inputs):
+            length, sampling = len(item.candles), item.sampling
+            arrays["candles"][row, context - length :] = normalise(item.candles, item.candles)
+            arrays["pad"][row] = context - length
+            arrays["stamps"][row, context - length : context + item.horizon] = calendar_features(item.local_times)
+            drawn = draw_uniforms(item.seed, sampling.samples, item.horizon, 2)
+            arrays["uniforms"][row, : sampling.samples, : item.horizon] = np.minimum(drawn, _LARGEST_UNIFORM)
+            arrays["temperature"][row] = sampling.temperature
+            arrays["top_k"][row], arrays["top_p"][row] = sampling.top_k, sampling.top_p
+        device = self.decoder.coarse_table.device
+        return Batch(inputs, {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}, rows)
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> Raw:
+        tensors = batch.tensors
+        uniforms, pad = tensors["uniforms"], tensors["pad"]
+        rows, paths, slots, _ = uniforms.shape
+        context = tensors["candles"].shape[1]
+        tokens = self.decoder.tokenize(tensors["candles"], pad)
+        prefix = self.decoder.prefill(*tokens, tensors["stamps"][:, :context], pad)
+        cache = self.decoder.empty_cache(rows, paths, slots)
+        controls = Controls(tensors["temperature"], tensors["top_k"], tensors["top_p"])
+        hidden = prefix.hidden.unsqueeze(1).expand(-1, paths, -1)
+        drawn = torch.zeros(2, rows, paths, slots, dtype=torch.int64, device=pad.device)
+        for index in range(max(item.horizon for item in batch.inputs)):
+            coarse, fine, hidden, entries = self.decoder.step(
+                hidden,
+                prefix,
+                cache,
+                torch.tensor(index, device=pad.device),
+                context - pad + index,
+                tensors["stamps"][:, context + index],
+                uniforms[:, :, index],
+                controls,
+            )
+            drawn[0, :, :, index], drawn[1, :, :, index] = coarse, fine
+            _write(cache, entries, index)
+        candles, last = self.decoder.detokenize(tokens, (drawn[0], drawn[1]), pad)
+        return {"candles": candles, "last": last}
+
+    def finish(self, raw: Raw, batch: Batch) -> list[Forecast]:
+        candles, last = raw["candles"].double().cpu().numpy(), raw["last"].double().cpu().numpy()
+        return [self._forecast(item, candles[row], last[row]) for row, item in enumerate(batch.inputs)]
+
+    def _forecast(self, item: ForecastInput, normalised: Floats, last: Floats) -> Forecast:
+        """From normalised paths `[S, H, 6]` and the reconstruction `[6]` of the last candle."""
+        samples, horizon = item.sampling.samples, item.horizon
+        loc, scale = _statistics(item.candles)
+        paths = (normalised[:samples, :horizon] * scale + loc)[..., :AMOUNT]
+        if self._anchor:
+            reconstructed = max(float(last[CLOSE] * scale[CLOSE] + loc[CLOSE]), _PRICE_FLOOR * item.last_close)
+            paths[..., PRICES] *= item.last_close / reconstructed
+        paths[..., PRICES] = np.maximum(paths[..., PRICES], _PRICE_FLOOR * item.last_close)
+        paths = repair_ohlc(paths)
+        closes = np.concatenate([np.full((samples, 1), item.last_close), paths[..., CLOSE]], axis=1)
+        missed = unreachable_levels(item.levels, samples)
+        return checked(
+            Forecast(
+                point=parse_aggregate(item.aggregate)(paths),
+                levels=item.levels,
+                quantiles={
+                    name: path_quantiles(paths[..., VARIATES.index(name)], item.levels) for name in QUANTILE_COLUMNS
+                },
+                prob_up=(paths[..., CLOSE] > item.last_close).mean(axis=0),
+                step_return_quantiles=path_quantiles(np.diff(np.log(closes), axis=1), item.levels),
+                paths=paths if item.with_paths else None,
+                warnings=(f"{samples} paths cannot resolve the quantiles {missed}: ask for more samples",)
+                if missed
+                else (),
+            )
+        )
+
+
+def normalise(candles: Floats, context: Floats) -> Floats:
+    """`[T, 6]` candles in standard deviations of the context, clipped to +-5: one definition for training too."""
+    loc, scale = _statistics(context)
+    return ((candles - loc) / scale).clip(-_CLIP, _CLIP)
+
+
+def _statistics(candles: Floats) -> tuple[Floats, Floats]:
+    """Location and scale `[6]` of the context."""
+    return candles.mean(axis=0), candles.std(axis=0) + _EPSILON
+
+
+def _write(cache: Entries, entries: Entries, index: int) -> None:
+    """Put a step's entries into slot `index`."""
+    for slots, entry in zip(cache, entries, strict=True):
+        slots[..., index : index + 1, :] = entry

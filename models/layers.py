@@ -1,0 +1,63 @@
+"""What both networks share: RMSNorm, rotary embedding, SwiGLU, strict loading of weights."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class WeightsMismatch(ValueError):
+    """The tensors of a checkpoint are not those of the network its config describes."""
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def swiglu(gate: Tensor, value: Tensor) -> Tensor:
+    """silu(gate) * value (Shazeer 2020, arXiv 2002.05202)."""
+    return F.silu(gate) * value
+
+
+def rotary_angles(positions: Tensor, head_width: int, theta: float = 10_000.0) -> Tensor:
+    """Angles `[..., D/2]` of rotary position embeddings (Su et al. 2021, arXiv 2104.09864)."""
+    exponents = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32) / head_width
+    return positions.unsqueeze(-1).float() * torch.pow(theta, -exponents)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """`[..., T, D]` to `[..., N, T, D / N]`."""
+    return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """`[..., N, T, D / N]` to `[..., T, D]`."""
+    return x.transpose(-3, -2).flatten(-2)
+
+
+def load_strictly(network: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
+    """Load `weights` whole, in fp32; WeightsMismatch names every tensor that is missing, extra or misshapen."""
+    expected = network.state_dict()
+    problems = [f"missing {name} {list(expected[name].shape)}" for name in expected if name not in weights]
+    problems += [f"unexpected {name} {list(weights[name].shape)}" for name in weights if name not in expected]
+    problems += [
+        f"{name} is {list(tensor.shape)}, the config needs {list(expected[name].shape)}"
+        for name, tensor in weights.items()
+        if name in expected and tensor.shape != expected[name].shape
+    ]
+    problems += [
+        f"{name} holds NaN or infinity" for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())
+    ]
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise WeightsMismatch(f"{what}: {shown}")
+    network.load_state_dict({name: tensor.float() for name, tensor in weights.items()})

@@ -1,0 +1,146 @@
+"""Toto behind the Forecaster contract: one pass, last patch only, exact quantiles of the mixture."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models.candles import CLOSE, PRICES, VARIATES
+from models.forecaster import (
+    QUANTILE_COLUMNS,
+    Batch,
+    Forecast,
+    ForecastInput,
+    Limits,
+    ModelError,
+    Raw,
+    bucket_of,
+    checked,
+    pad_rows,
+)
+from models.layers import load_strictly
+from models.toto import mixture as student_mixture
+from models.toto.network import Mixture, TotoConfig, TotoNetwork
+from models.toto.transform import transform_of
+
+# Whole patches in fours: every matrix product then has a multiple of 4 rows, whose bits on a CPU do not
+# depend on how many rows there are.
+_TAIL: Final = 4
+_PRICE_FLOOR: Final = 1e-6  # of the last close
+_QUANTILE_VARIATES: Final = tuple(VARIATES.index(name) for name in QUANTILE_COLUMNS)
+
+
+class TotoDecoder(nn.Module):
+    """The pure function that runtimes execute: `forward`."""
+
+    head: Tensor
+    head_bias: Tensor
+
+    def __init__(self, network: TotoNetwork) -> None:
+        super().__init__()
+        self.network = network
+        weight, bias = network.double().composed_head()
+        network.float()
+        self.register_buffer("head", weight.detach().flatten(0, 1).float())  # [S * 4K, D]
+        self.register_buffer("head_bias", bias.detach().flatten().float())
+
+    def forward(self, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Head outputs `[B, V, S, 4K]` of the last patch, its location and its scale `[B, V]`.
+
+        `values` `[B, V, T]` are raw, zero where `weights` `[B, 1, T]` is zero (left padding).
+        """
+        loc, scale = self.network.scale(values, weights)
+        hidden = self.network.embed(values, weights, loc, scale, _TAIL)
+        projected = nn.functional.linear(hidden, self.head, self.head_bias)[:, :, -1]
+        return projected.unflatten(-1, (self.network.config.patch_size, -1)), loc[..., -1], scale[..., -1]
+
+
+class TotoForecaster:
+    """Deterministic forecasts of up to one patch: quantiles are marginal per step, there are no paths."""
+
+    family = "toto"
+
+    def __init__(
+        self, network: TotoNetwork, *, max_context: int, log_scales: tuple[float, float] | None = None
+    ) -> None:
+        """`log_scales` (price, volume) selects models/toto/transform.py's LogScales."""
+        self.network = network.eval()
+        self.decoder = TotoDecoder(self.network).eval()
+        patch = network.config.patch_size
+        self.limits = Limits(min_context=2, max_context=max_context, max_horizon=patch)
+        self._transform = transform_of(log_scales)
+        self._contexts = [_TAIL * patch]
+        while self._contexts[-1] < max_context:
+            self._contexts.append(2 * self._contexts[-1])
+
+    @classmethod
+    def from_weights(cls, config: Mapping[str, Any], weights: Mapping[str, Tensor], device: str) -> "TotoForecaster":
+        """From a version's `config.json` and tensors; WeightsMismatch or ValueError if they do not fit."""
+        network = TotoNetwork(TotoConfig.from_published(config["network"]))
+        load_strictly(network, weights, "Toto")
+        scales = config.get("log_scales")
+        return cls(
+            network.to(device),
+            max_context=config["max_context"],
+            log_scales=(float(scales[0]), float(scales[1])) if scales else None,
+        )
+
+    def bucket(self, item: ForecastInput) -> Hashable:
+        return bucket_of(len(item.candles), self._contexts)
+
+    def prepare(self, inputs: Sequence[ForecastInput]) -> Batch:
+        rows, length = pad_rows(len(inputs)), bucket_of(max(len(i.candles) for i in inputs), self._contexts)
+        values = np.zeros((rows, len(VARIATES), length), dtype=np.float32)
+        weights = np.zeros((rows, 1, length), dtype=np.float32)
+        for row, item in enumerate(inputs):
+            series = self._transform.encode(item.candles, len(item.candles))
+            values[row, :, length - len(series) :] = series.T
+            weights[row, :, length - len(series) :] = 1
+        device = self.decoder.head.device
+        tensors = {"values": torch.from_numpy(values).to(device), "weights": torch.from_numpy(weights).to(device)}
+        return Batch(inputs, tensors, rows)
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> Raw:
+        projected, loc, scale = self.decoder(batch.tensors["values"], batch.tensors["weights"])
+        return {"projected": projected, "loc": loc, "scale": scale}
+
+    @torch.inference_mode()
+    def finish(self, raw: Raw, batch: Batch) -> list[Forecast]:
+        projected, loc, scale = (raw[name].double().cpu() for name in ("projected", "loc", "scale"))
+        return [
+            self._forecast(item, self.network.mixture(projected[row, :, : item.horizon]), loc[row], scale[row])
+            for row, item in enumerate(batch.inputs)
+        ]
+
+    def _forecast(self, item: ForecastInput, steps: Mixture, loc: Tensor, scale: Tensor) -> Forecast:
+        """`steps` is `[V, H, K]` in the scaler's units; location and scale `[V]` undo it."""
+        if item.aggregate not in ("median", "mean"):
+            raise ModelError(f"Toto has no paths: aggregate {item.aggregate!r} is not median or mean", "aggregate")
+        if item.aggregate == "mean" and not self._transform.has_mean:
+            raise ModelError("this version forecasts logarithms, whose price has no mean: use median", "aggregate")
+        close = self._transform.encode(item.candles, len(item.candles))[-1, CLOSE]
+        prob_up = 1 - student_mixture.cdf(_variate(steps, CLOSE), (torch.tensor(close) - loc[CLOSE]) / scale[CLOSE])
+        central = (
+            student_mixture.quantiles(steps, (0.5,))[0] if item.aggregate == "median" else student_mixture.mean(steps)
+        )
+        prices = Mixture(*(parameter[list(_QUANTILE_VARIATES)] for parameter in steps))
+        spread = torch.zeros(len(item.levels), *central.shape, dtype=torch.float64)
+        spread[:, list(_QUANTILE_VARIATES)] = student_mixture.quantiles(prices, item.levels)
+        scaled = torch.cat([central.unsqueeze(0), spread]) * scale.unsqueeze(-1) + loc.unsqueeze(-1)  # [1 + Q, V, H]
+        rows = self._transform.decode(scaled.transpose(-1, -2).numpy(), item.candles)
+        rows[..., PRICES] = np.maximum(rows[..., PRICES], _PRICE_FLOOR * item.last_close)
+        return checked(
+            Forecast(
+                point=rows[0],
+                levels=item.levels,
+                quantiles={name: rows[1:, :, VARIATES.index(name)] for name in QUANTILE_COLUMNS},
+                prob_up=prob_up.numpy(),
+            )
+        )
+
+
+def _variate(steps: Mixture, index: int) -> Mixture:
+    return Mixture(*(parameter[index] for parameter in steps))

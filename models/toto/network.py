@@ -1,0 +1,245 @@
+"""Toto 1.0: patch embedding, time-wise and variate-wise attention, a Student-T mixture head.
+
+Module names are those of the published checkpoint (Cohen et al. 2025, arXiv 2505.14766).
+Axes: B batch, V variates, T time, P patches, D width, N heads, K mixture components, S steps of one patch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.layers import RMSNorm, merge_heads, rotary_angles, swiglu
+from models.toto.scaler import causal_patch_scale
+
+_SCALER = "<class 'model.scaler.CausalPatchStdMeanScaler'>"
+_MIXTURE = "<class 'model.distribution.MixtureOfStudentTsOutput'>"
+_IGNORED = {"dropout", "use_memory_efficient_attention", "pre_xformers_checkpoint"}  # no effect on the numbers
+_XPOS_BASE = 512
+
+
+@dataclass(frozen=True)
+class TotoConfig:
+    """The architecture, from `config.json`."""
+
+    patch_size: int
+    embed_dim: int
+    num_layers: int
+    num_heads: int
+    mlp_hidden_dim: int
+    spacewise_every_n_layers: int
+    spacewise_first: bool
+    components: int
+    scale_exponent: float | None
+
+    @classmethod
+    def from_published(cls, config: Mapping[str, Any]) -> "TotoConfig":
+        """Read the published layout; ValueError names what this implementation does not know."""
+        known = dict(config)
+        scale_exponent: float | None = float(known.pop("scale_factor_exponent", 10.0))
+        if not known.pop("stabilize_with_global", True):
+            scale_exponent = None
+        for key, expected in (("scaler_cls", _SCALER), ("output_distribution_classes", [_MIXTURE])):
+            if (found := known.pop(key)) != expected:
+                raise ValueError(f"Toto config: {key} {found!r} is not supported, only {expected!r}")
+        if known.pop("stride") != known["patch_size"]:
+            raise ValueError("Toto config: stride must equal patch_size")
+        components = int((known.pop("output_distribution_kwargs") or {})["k_components"])
+        unknown = set(known) - {f.name for f in fields(cls)} - _IGNORED
+        if unknown:
+            raise ValueError(f"Toto config: unknown keys {sorted(unknown)}")
+        rest = {key: value for key, value in known.items() if key not in _IGNORED}
+        return cls(**rest, components=components, scale_exponent=scale_exponent)
+
+    def is_spacewise(self, layer: int) -> bool:
+        """Whether a layer attends across variates instead of time."""
+        every = self.spacewise_every_n_layers
+        if every == -1:
+            return False
+        return layer % every == (0 if self.spacewise_first else every - 1)
+
+
+class Mixture(NamedTuple):
+    """Student-T mixture parameters, each `[..., K]`: degrees of freedom, location, scale, log-weights."""
+
+    df: Tensor
+    loc: Tensor
+    scale: Tensor
+    log_weights: Tensor
+
+
+class ScaledNorm(RMSNorm):
+    """RMSNorm whose weight the checkpoint calls `scale`."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=1e-8)
+        self.scale = self.weight
+        del self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.scale.shape, self.scale, self.eps)
+
+
+class Attention(nn.Module):
+    """Multi-head attention along the last-but-one axis; `wQKV` is packed (qkv, head width, heads)."""
+
+    def __init__(self, config: TotoConfig) -> None:
+        super().__init__()
+        self.heads = config.num_heads
+        self.wQKV = nn.Linear(config.embed_dim, 3 * config.embed_dim)
+        self.wO = nn.Linear(config.embed_dim, config.embed_dim)
+
+    def forward(self, x: Tensor, rotary: "Rotary | None", mask: Tensor | None, queries: int) -> Tensor:
+        """`x` `[B, T, D]` to `[B, queries, D]`: the last `queries` positions attend to all that `mask` allows."""
+        q, k, v = self.wQKV(x).unflatten(-1, (3, -1, self.heads)).permute(2, 0, 4, 1, 3)  # each [B, N, T, D/N]
+        if rotary is not None:
+            q, k = rotary(q, 1.0), rotary(k, -1.0)
+        out = F.scaled_dot_product_attention(q[:, :, -queries:], k, v, attn_mask=mask)
+        projected: Tensor = self.wO(merge_heads(out))
+        return projected
+
+
+class Rotary:
+    """Rotary embedding with xpos decay (Sun et al. 2022, arXiv 2212.10554) at positions 0 … P - 1.
+
+    Only differences of positions reach the attention scores, so leading padding patches change nothing.
+    """
+
+    def __init__(self, patches: int, width: int, device: torch.device) -> None:
+        positions = torch.arange(patches, device=device)
+        angles = rotary_angles(positions, width).repeat_interleave(2, dim=-1)
+        self.cos, self.sin = angles.cos(), angles.sin()  # [P, D/N]
+        base = (torch.arange(0, width, 2, device=device) + 0.4 * width) / (1.4 * width)
+        power = (positions - patches // 2).unsqueeze(-1) / _XPOS_BASE
+        # The checkpoint was trained with decays laid out in halves although angles are laid out in pairs.
+        self.decay = (base**power).repeat(1, 2)
+
+    def __call__(self, x: Tensor, sign: float) -> Tensor:
+        """Rotate `[B, N, P, D/N]`; queries grow by the decay (sign 1), keys shrink by it (sign -1)."""
+        odd = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+        decay = self.decay if sign > 0 else 1 / self.decay
+        return (x * self.cos + odd * self.sin) * decay
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and SwiGLU; time-wise layers attend over patches, space-wise ones over variates."""
+
+    def __init__(self, config: TotoConfig, spacewise: bool) -> None:
+        super().__init__()
+        self.spacewise = spacewise
+        self.norm1 = ScaledNorm(config.embed_dim)
+        self.norm2 = ScaledNorm(config.embed_dim)
+        self.attention = Attention(config)
+        self.mlp = nn.ModuleDict(
+            {
+                "0": nn.Linear(config.embed_dim, 2 * config.mlp_hidden_dim),
+                "2": nn.Linear(config.mlp_hidden_dim, config.embed_dim),
+            }
+        )
+
+    def forward(self, x: Tensor, rotary: Rotary, mask: Tensor, queries: int) -> Tensor:
+        """`x` `[B, V, P, D]` to `[B, V, queries, D]`; `mask` `[B * V, 1, P, P]` is for time-wise layers."""
+        normed = self.norm1(x)
+        if self.spacewise:
+            across = normed.transpose(1, 2).flatten(0, 1)  # [B * P, V, D]
+            attended = self.attention(across, None, None, x.shape[1])
+            attended = attended.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+        else:
+            attended = self.attention(normed.flatten(0, 1), rotary, mask[:, :, -queries:], queries)
+            attended = attended.unflatten(0, x.shape[:2])
+        x = x[:, :, -queries:] + attended
+        gate, value = self.mlp["0"](self.norm2(x)).chunk(2, dim=-1)
+        out: Tensor = x + self.mlp["2"](swiglu(gate, value))
+        return out
+
+
+class MixtureHead(nn.Module):
+    """The four projections of the Student-T mixture."""
+
+    def __init__(self, width: int, components: int) -> None:
+        super().__init__()
+        self.df = nn.Linear(width, components)
+        self.loc_proj = nn.Linear(width, components)
+        self.scale_proj = nn.Linear(width, components)
+        self.mixture_weights = nn.Linear(width, components)
+
+    def stacked(self) -> tuple[Tensor, Tensor]:
+        """All four as one matrix `[4K, D]` and bias `[4K]`."""
+        parts = (self.df, self.loc_proj, self.scale_proj, self.mixture_weights)
+        return torch.cat([p.weight for p in parts]), torch.cat([p.bias for p in parts])
+
+
+class PatchEmbedding(nn.Module):
+    """One linear map of a patch."""
+
+    def __init__(self, patch: int, width: int) -> None:
+        super().__init__()
+        self.projection = nn.Linear(patch, width)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        embedded: Tensor = self.projection(patches)
+        return embedded
+
+
+class Transformer(nn.Module):
+    """The stack of layers."""
+
+    def __init__(self, config: TotoConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(config, config.is_spacewise(i)) for i in range(config.num_layers))
+
+
+class TotoNetwork(nn.Module):
+    """The backbone of Toto with its published parameter names."""
+
+    def __init__(self, config: TotoConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbedding(config.patch_size, config.embed_dim)
+        self.transformer = Transformer(config)
+        self.unembed = nn.Linear(config.embed_dim, config.embed_dim * config.patch_size)
+        self.output_distribution = MixtureHead(config.embed_dim, config.components)
+        timewise = [i for i in range(config.num_layers) if not config.is_spacewise(i)]
+        self._last_timewise = timewise[-1] if timewise else 0
+
+    def scale(self, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Location and scale per patch, `[B, V, P]` each."""
+        return causal_patch_scale(values, weights, self.config.patch_size, self.config.scale_exponent)
+
+    def embed(self, values: Tensor, weights: Tensor, loc: Tensor, scale: Tensor, patches: int) -> Tensor:
+        """Hidden states `[B, V, patches, D]` of the last `patches` patches.
+
+        Layers after the last time-wise one see no other patch, so earlier ones are dropped there.
+        Patches without a single real candle are masked out of attention.
+        """
+        B, V, T = values.shape
+        S = self.config.patch_size
+        scaled = (values.unflatten(-1, (-1, S)) - loc.unsqueeze(-1)) / scale.unsqueeze(-1)
+        x: Tensor = self.patch_embed(scaled)  # [B, V, P, D]
+        P = T // S
+        real = weights.unflatten(-1, (-1, S)).amax(-1) > 0  # [B, 1, P]
+        mask = torch.ones(P, P, dtype=torch.bool, device=values.device).tril() & real.unsqueeze(-2)
+        mask = mask | torch.eye(P, dtype=torch.bool, device=values.device)  # padding rows see themselves: no 0 / 0
+        mask = mask.expand(B, V, P, P).flatten(0, 1).unsqueeze(1)
+        rotary = Rotary(P, self.config.embed_dim // self.config.num_heads, values.device)
+        for index, layer in enumerate(self.transformer.layers):
+            x = layer(x, rotary, mask, x.shape[2] if index < self._last_timewise else patches)
+        return x
+
+    def composed_head(self) -> tuple[Tensor, Tensor]:
+        """Unembedding and mixture head as one map `[S, 4K, D]` and bias `[S, 4K]`: both are linear."""
+        S, D = self.config.patch_size, self.config.embed_dim
+        head, bias = self.output_distribution.stacked()
+        weight = torch.einsum("kd,sde->ske", head, self.unembed.weight.view(S, D, D))
+        return weight, self.unembed.bias.view(S, D) @ head.T + bias
+
+    def mixture(self, projected: Tensor) -> Mixture:
+        """Mixture parameters of head outputs `[..., 4K]`."""
+        df, loc, scale, logits = projected.chunk(4, dim=-1)
+        tiny = torch.finfo(projected.dtype).eps
+        return Mixture(
+            2 + F.softplus(df).clamp_min(tiny), loc, F.softplus(scale).clamp_min(tiny), logits.log_softmax(-1)
+        )

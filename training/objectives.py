@@ -1,0 +1,242 @@
+"""What each network is trained for: likelihood of the next patches, of the next tokens, and reconstruction."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.calendars import calendar_features
+from models.candles import CLOSE, VARIATES, VOLUME, Floats
+from models.kronos.forecaster import normalise
+from models.kronos.network import KronosPredictor
+from models.kronos.quantizer import entropy_penalty, quantize
+from models.kronos.tokenizer import KronosTokenizer
+from models.toto.mixture import log_density
+from models.toto.network import TotoNetwork
+from models.toto.transform import Transform
+from training.augment import aggregate, mirror, mirror_bars
+from training.windows import WindowSampler
+
+
+@dataclass
+class TotoLikelihood:
+    """Negative log-likelihood of every next patch of a window, at `steps_drawn` of its steps per update.
+
+    Unembedding and head are one linear map, so a step that is not drawn costs nothing.
+    """
+
+    network: TotoNetwork
+    samplers: dict[int, WindowSampler]  # bars merged into one -> windows
+    transform: Transform
+    context: int
+    rng: np.random.Generator
+    steps_drawn: int = 16
+    close_weight: float = 2.0
+    volume_weight: float = 0.2
+
+    def __post_init__(self) -> None:
+        self._frozen = [(p, p.detach().clone(), mask) for p, mask in frozen_location(self.network)]
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        return self.network.parameters()
+
+    def loss(self, rows: int) -> Tensor:
+        bars = int(self.rng.choice(list(self.samplers)))
+        candles = aggregate(self.samplers[bars].draw(rows, self.rng).candles, bars)
+        candles = mirror(candles, self.rng.random(rows) < 0.5)
+        encoded = self.transform.encode(candles, self.context)
+        values = torch.from_numpy(encoded.astype(np.float32)).transpose(1, 2)  # [B, V, T + S]
+        return self._loss(values)
+
+    def _loss(self, values: Tensor) -> Tensor:
+        patch = self.network.config.patch_size
+        context = values[..., : self.context]
+        weights = torch.ones_like(context[:, :1])
+        loc, scale = self.network.scale(context, weights)
+        hidden = self.network.embed(context, weights, loc, scale, loc.shape[-1])  # [B, V, P, D]
+        steps = torch.from_numpy(np.sort(self.rng.choice(patch, self.steps_drawn, replace=False)))
+        head, bias = self.network.composed_head()
+        projected = torch.einsum("bvpd,skd->bvpsk", hidden, head[steps]) + bias[steps]
+        targets = values[..., patch:].unflatten(-1, (-1, patch))[..., steps]  # [B, V, P, S]
+        scaled = (targets - loc.unsqueeze(-1)) / scale.unsqueeze(-1)
+        variate = torch.ones(len(VARIATES))
+        variate[CLOSE], variate[VOLUME] = self.close_weight, self.volume_weight
+        likelihood = log_density(self.network.mixture(projected), scaled).mean((0, 2, 3))
+        return -(likelihood * variate).sum() / variate.sum()
+
+    def after_step(self) -> None:
+        with torch.no_grad():
+            for parameter, start, mask in self._frozen:
+                parameter.copy_(torch.where(mask, start, parameter))
+
+
+def start_at_random_walk(network: TotoNetwork, first_scale: float = 0.1) -> None:
+    """Initialise so that the forecast is a driftless walk whose spread grows with the root of the step.
+
+    Width 0 of the residual stream carries the last value of the patch and is all the location sees; width 1 of
+    the unembedding carries the scale; residual branches start at zero. `first_scale` is the one-step spread in
+    the units of the scaler.
+    """
+    config = network.config
+    patch = config.patch_size
+    with torch.no_grad():
+        for layer in network.transformer.layers:
+            for output in (layer.attention.wO, layer.mlp["2"]):
+                output.weight.zero_()
+                output.bias.zero_()
+        embedding, head = network.patch_embed.projection, network.output_distribution
+        embedding.weight[0].zero_()
+        embedding.weight[0, -1] = 1
+        embedding.bias[0] = 0
+        unembed, bias = network.unembed.weight.view(patch, config.embed_dim, -1), network.unembed.bias.view(patch, -1)
+        unembed[:, 0].zero_()
+        unembed[:, 0, 0] = 1
+        bias[:, 0] = 0
+        head.loc_proj.weight.zero_()
+        head.loc_proj.weight[:, 0] = 1
+        head.loc_proj.bias.zero_()
+        spread = first_scale * torch.arange(1, patch + 1).sqrt()
+        unembed[:, 1].mul_(0.1)
+        bias[:, 1] = torch.expm1(spread).log()  # softplus^-1
+        head.scale_proj.weight.mul_(0.1)
+        head.scale_proj.weight[:, 1] = 1
+        head.scale_proj.weight[:, 0] = 0
+        head.scale_proj.bias.copy_(torch.linspace(-0.5, 0.5, config.components))
+        head.df.bias.fill_(2.0)
+
+
+def frozen_location(network: TotoNetwork) -> list[tuple[nn.Parameter, Tensor]]:
+    """Parameters and masks of the path that carries the last value to the location: it stays as initialised."""
+    config = network.config
+    parts: list[tuple[nn.Parameter, tuple[int | slice, ...]]] = []
+    for layer in network.transformer.layers:
+        for output in (layer.attention.wO, layer.mlp["2"]):
+            parts += [(output.weight, (0,)), (output.bias, (0,))]
+    embedding, head = network.patch_embed.projection, network.output_distribution
+    parts += [(embedding.weight, (0,)), (embedding.bias, (0,))]
+    parts += [(head.loc_proj.weight, (slice(None),)), (head.loc_proj.bias, (slice(None),))]
+    rows = slice(0, None, config.embed_dim)  # row 0 of every step
+    parts += [(network.unembed.weight, (rows,)), (network.unembed.bias, (rows,))]
+    masks = []
+    for parameter, index in parts:
+        mask = torch.zeros_like(parameter, dtype=torch.bool)
+        mask[index] = True
+        masks.append((parameter, mask))
+    return masks
+
+
+@dataclass
+class _KronosWindows:
+    """Normalised windows: statistics from the lookback only, half the batches with mirrored bars."""
+
+    sampler: WindowSampler
+    lookback: int
+    rng: np.random.Generator
+
+    def draw(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Candles `[B, L, 6]` and calendar features `[B, L, 5]`."""
+        windows = self.sampler.draw(rows, self.rng)
+        candles = windows.candles
+        if self.rng.random() < 0.5:
+            candles = mirror_bars(candles, self.rng.random(candles.shape[:2]) < 0.5)
+        stamps = np.stack([calendar_features(local) for local in windows.local_times])
+        return torch.from_numpy(normalised_windows(candles, self.lookback)), torch.from_numpy(stamps)
+
+
+def normalised_windows(candles: Floats, lookback: int) -> np.ndarray:
+    """`[B, L, 6]` windows in float32, each standardised by its first `lookback` candles as serving does."""
+    return np.stack([normalise(window, window[:lookback]) for window in candles]).astype(np.float32)
+
+
+class TokenizerReconstruction:
+    """Reconstruction from the coarse and from all bits, plus commitment and entropy of the code.
+
+    loss = mse(coarse) + mse(all) + beta E|code - z|^2 + zeta (gamma0 H(bits|z) - gamma H(bits)), as upstream.
+    """
+
+    def __init__(self, network: KronosTokenizer, sampler: WindowSampler, lookback: int, rng: np.random.Generator):
+        self.network = network
+        self._windows = _KronosWindows(sampler, lookback, rng)
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        return self.network.parameters()
+
+    def loss(self, rows: int) -> Tensor:
+        candles, _ = self._windows.draw(rows)
+        config = self.network.config
+        from_coarse, from_all, latent = self.network(candles)
+        unit = F.normalize(latent, dim=-1)
+        commitment = (quantize(latent).detach() - unit).square().sum(-1).mean()
+        entropy = entropy_penalty(unit, config.group_size, per_sample=config.gamma0, codebook=config.gamma)
+        return (
+            F.mse_loss(from_coarse, candles)
+            + F.mse_loss(from_all, candles)
+            + config.beta * commitment
+            + config.zeta * entropy
+        )
+
+    def after_step(self) -> None: ...
+
+
+class NextToken:
+    """Teacher-forced cross-entropy of both halves of the next token; targets inside the lookback count little."""
+
+    def __init__(
+        self,
+        network: KronosPredictor,
+        tokenizer: KronosTokenizer,
+        sampler: WindowSampler,
+        lookback: int,
+        rng: np.random.Generator,
+        lookback_weight: float = 0.05,
+    ):
+        self.network = network
+        self._tokenizer = tokenizer.eval()
+        self._windows = _KronosWindows(sampler, lookback, rng)
+        self._lookback, self._lookback_weight = lookback, lookback_weight
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        return self.network.parameters()
+
+    def loss(self, rows: int) -> Tensor:
+        candles, stamps = self._windows.draw(rows)
+        with torch.no_grad():
+            coarse, fine = self._tokenizer.encode(candles)
+        logits = self.network(coarse[:, :-1], fine[:, :-1], stamps[:, :-1], coarse[:, 1:])
+        weight = torch.full((candles.shape[1] - 1,), self._lookback_weight)
+        weight[self._lookback - 1 :] = 1.0
+        entropies = [
+            F.cross_entropy(part.flatten(0, 1), target[:, 1:].flatten(), reduction="none").view(rows, -1)
+            for part, target in zip(logits, (coarse, fine), strict=True)
+        ]
+        per_position = sum(entropies).mean(0) / 2  # type: ignore[union-attr]
+        mean: Tensor = (per_position * weight).sum() / weight.sum()
+        return mean
+
+    def after_step(self) -> None: ...
+
+
+def start_with_bits(predictor: KronosPredictor, scale: float = 0.5) -> None:
+    """Start embeddings and heads from the tokens' own bits: codes that share bits are close from step 0 on."""
+    from models.kronos.quantizer import unpack_bits
+
+    config = predictor.config
+    with torch.no_grad():
+        for table, head, bits in (
+            (predictor.embedding.emb_s1, predictor.head.proj_s1, config.s1_bits),
+            (predictor.embedding.emb_s2, predictor.head.proj_s2, config.s2_bits),
+        ):
+            codes = unpack_bits(torch.arange(2**bits), bits) * scale
+            table.weight[:, :bits] = codes
+            head.weight[:, :bits] = codes
+
+
+def damp_residuals(blocks: nn.ModuleList, factor: float) -> None:
+    """Scale what every block adds to its input."""
+    with torch.no_grad():
+        for block in blocks:
+            block.self_attn.out_proj.weight.mul_(factor)
+            block.ffn.w2.weight.mul_(factor)

@@ -1,0 +1,62 @@
+"""A recipe: everything that decides a training run, in one TOML file."""
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataTable(_Strict):
+    """Which candles."""
+
+    folder: Path
+    interval: str = "1d"
+    calendar: str = "auto"
+
+
+class Phase(_Strict):
+    """One optimisation: AdamW, linear warm-up, cosine to zero. It ends after `steps` or `max_seconds`."""
+
+    steps: int = Field(gt=0)
+    max_seconds: float = Field(gt=0)
+    learning_rate: float = Field(gt=0)
+    batch_rows: int = Field(32, gt=0)
+    warmup: float = Field(0.05, ge=0, lt=1, description="Share of the phase in which the rate rises.")
+    weight_decay: float = Field(0.01, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
+
+
+class EvaluateTable(_Strict):
+    """Rolling origins and sampling of the evaluation that is published with the weights."""
+
+    stride: int = Field(gt=0)
+    samples: int = Field(64, gt=0)
+    batch_rows: int = Field(32, gt=0)
+
+
+class Recipe(_Strict):
+    """See training/recipes/*.toml."""
+
+    name: str
+    family: Literal["toto", "kronos"]
+    seed: int = 0
+    context: int = Field(gt=1)
+    horizon: int = Field(gt=0)
+    data: DataTable
+    split: dict[str, Any]
+    network: dict[str, Any] = Field(description="config.json of the version, as its family stores it.")
+    phases: dict[str, Phase]
+    objective: dict[str, Any] = Field(default_factory=dict)
+    evaluate: EvaluateTable
+    serving: dict[str, Any] = Field(default_factory=dict)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a TOML file; pydantic's ValidationError names every wrong key."""
+    return Recipe.model_validate(tomllib.loads(path.read_text()))

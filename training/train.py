@@ -1,0 +1,249 @@
+"""One training run, a straight line: recipe, candles, windows, loop, evaluation, version in the store."""
+
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+from model_store.manifest import Evaluation, Manifest, ModelLimits, Origin, TrainingRecord
+from model_store.store import CANDIDATE, PRODUCTION, ModelStore
+from models.families import build_forecaster
+from models.forecaster import Forecaster, Sampling
+from models.kronos.network import KronosPredictor, PredictorConfig
+from models.kronos.tokenizer import KronosTokenizer, TokenizerConfig
+from models.toto.network import TotoConfig, TotoNetwork
+from models.toto.transform import transform_of
+from training import candle_files
+from training.candle_files import Series
+from training.evaluate import Scores, baselines, evaluate, summary
+from training.loop import Report, Run, fit
+from training.objectives import (
+    NextToken,
+    TokenizerReconstruction,
+    TotoLikelihood,
+    damp_residuals,
+    start_at_random_walk,
+    start_with_bits,
+)
+from training.recipe import Recipe
+from training.windows import Part, Split, WindowSampler, rolling_origins, split_from_recipe
+
+Weights = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Fitted weights and what each phase did."""
+
+    weights: Weights
+    runs: dict[str, Run]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe with its candles."""
+
+    recipe: Recipe
+    series: list[Series]
+    split: Split
+
+
+def train(recipe: Recipe, store: ModelStore, *, quiet: bool = False) -> Manifest:
+    """Fit, evaluate and publish a recipe; the version becomes `candidate`, and `production` where there is none."""
+    prepared = prepare(recipe)
+    with _progress(quiet) as progress:
+        trained = _FITTERS[recipe.family](prepared, lambda phase: _reporter(progress, f"{recipe.name} {phase}"))
+        forecaster = build_forecaster(recipe.family, recipe.network, trained.weights)
+        scores = {part: score(forecaster, prepared, part, progress) for part in ("test", "unseen")}
+    manifest = publish(prepared, trained, forecaster, scores, store)
+    store.set_alias(manifest.model, CANDIDATE, manifest.version)
+    if PRODUCTION not in store.aliases(manifest.model):
+        store.promote(f"{manifest.model}@{manifest.version}")
+    return manifest
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Load the recipe's candles and split them; CandleFileError or ValueError say what is missing."""
+    series, _ = candle_files.load(recipe.data.folder)
+    chosen = [item for item in series if item.interval == recipe.data.interval]
+    if not chosen:
+        raise ValueError(f"{recipe.data.folder} has no {recipe.data.interval} candles")
+    return Prepared(recipe, chosen, split_from_recipe(recipe.split, chosen, recipe.horizon))
+
+
+# -- fitting ---------------------------------------------------------------------------------------
+
+
+def _fit_toto(prepared: Prepared, reporter: Callable[[str], Report]) -> Trained:
+    recipe = prepared.recipe
+    torch.manual_seed(recipe.seed)
+    network = TotoNetwork(TotoConfig.from_published(recipe.network["network"]))
+    start_at_random_walk(network)
+    length = recipe.context + network.config.patch_size
+    objective = TotoLikelihood(
+        network=network,
+        samplers={bars: _sampler(prepared, length * bars) for bars in recipe.objective.get("bars", [1])},
+        transform=transform_of(recipe.network.get("log_scales")),
+        context=recipe.context,
+        rng=np.random.default_rng(recipe.seed),
+    )
+    run = fit(objective, recipe.phases["network"], reporter("network"))
+    return Trained(_tensors(network), {"network": run})
+
+
+def _fit_kronos(prepared: Prepared, reporter: Callable[[str], Report]) -> Trained:
+    recipe = prepared.recipe
+    torch.manual_seed(recipe.seed)
+    rng = np.random.default_rng(recipe.seed)
+    sampler = _sampler(prepared, recipe.context + recipe.horizon)
+    tokenizer = KronosTokenizer(TokenizerConfig.from_published(recipe.network["tokenizer"]))
+    for blocks in (tokenizer.encoder, tokenizer.decoder):
+        damp_residuals(blocks, 0.1)
+    reconstruction = TokenizerReconstruction(tokenizer, sampler, recipe.context, rng)
+    runs = {"tokenizer": fit(reconstruction, recipe.phases["tokenizer"], reporter("tokenizer"))}
+    predictor = KronosPredictor(PredictorConfig.from_published(recipe.network["predictor"]))
+    start_with_bits(predictor)
+    next_token = NextToken(predictor, tokenizer, sampler, recipe.context, rng)
+    runs["predictor"] = fit(next_token, recipe.phases["predictor"], reporter("predictor"))
+    return Trained(_tensors(torch.nn.ModuleDict({"tokenizer": tokenizer, "predictor": predictor})), runs)
+
+
+_FITTERS: Mapping[str, Callable[[Prepared, Callable[[str], Report]], Trained]] = {
+    "toto": _fit_toto,
+    "kronos": _fit_kronos,
+}
+
+
+def _sampler(prepared: Prepared, length: int) -> WindowSampler:
+    return WindowSampler(prepared.series, prepared.split, length, calendar=prepared.recipe.data.calendar)
+
+
+def _tensors(network: torch.nn.Module) -> Weights:
+    return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+
+
+# -- judging and publishing ------------------------------------------------------------------------
+
+
+def score(forecaster: Forecaster, prepared: Prepared, part: Part, progress: Progress | None = None) -> Scores:
+    """Rolling-origin scores of the recipe's evaluation on one part of its split."""
+    recipe = prepared.recipe
+    origins = rolling_origins(
+        prepared.series, prepared.split, part, stride=recipe.evaluate.stride, min_context=recipe.context
+    )
+    advance: Callable[[int], None] | None = None
+    if progress is not None:
+        task = progress.add_task(f"{recipe.name} evaluate {part}", total=len(origins), note="")
+        advance = lambda rows: progress.advance(task, rows)  # noqa: E731
+    return evaluate(
+        forecaster,
+        prepared.series,
+        origins,
+        sampling=Sampling(**{"samples": recipe.evaluate.samples, **_sampling_defaults(recipe)}),
+        lookback=recipe.context,
+        calendar=recipe.data.calendar,
+        batch_rows=recipe.evaluate.batch_rows,
+        progress=advance,
+    )
+
+
+def _sampling_defaults(recipe: Recipe) -> dict[str, Any]:
+    return {key: value for key, value in recipe.serving.items() if key in ("temperature", "top_p", "top_k")}
+
+
+def publish(
+    prepared: Prepared, trained: Trained, forecaster: Forecaster, scores: Mapping[str, Scores], store: ModelStore
+) -> Manifest:
+    """Store weights, config, evaluations and the drift baseline as one version."""
+    recipe, limits = prepared.recipe, forecaster.limits
+    fields: dict[str, Any] = {
+        "model": recipe.name,
+        "family": recipe.family,
+        "origin": Origin(kind="trained", source=f"{recipe.name}.toml", licence="Apache-2.0"),
+        "limits": ModelLimits(
+            min_context=limits.min_context,
+            max_context=limits.max_context,
+            max_horizon=limits.max_horizon,
+            max_total=limits.max_total,
+        ),
+        "serving": recipe.serving,
+        "training": _record(prepared, trained),
+        "evaluations": tuple(summary(part) for part in scores.values()),
+        "baselines": baselines(scores["test"]),
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "code_revision": _revision(),
+    }
+    return store.put(fields, recipe.network, trained.weights)
+
+
+def _record(prepared: Prepared, trained: Trained) -> TrainingRecord:
+    recipe, split = prepared.recipe, prepared.split
+    spans = [item.timestamps[split.targets(item, "train")] for item in prepared.series]
+    fitted = [(item.symbol, span) for item, span in zip(prepared.series, spans, strict=True) if len(span)]
+    return TrainingRecord(
+        recipe=recipe.model_dump(mode="json"),
+        data_digest=candle_files.digest(prepared.series),
+        symbols=tuple(symbol for symbol, _ in fitted),
+        interval=recipe.data.interval,
+        start=_date(min(int(span[0]) for _, span in fitted)),
+        end=_date(max(int(span[-1]) for _, span in fitted)),
+        steps=sum(run.steps for run in trained.runs.values()),
+        seconds=round(sum(run.seconds for run in trained.runs.values()), 1),
+        seed=recipe.seed,
+    )
+
+
+def verdict(evaluation: Evaluation) -> str:
+    """One line: the skill that was reached, against naive and against the walk."""
+    skill, ratio = evaluation.metrics["skill_vs_naive"], evaluation.metrics["crps_ratio_walk"]
+    coverage = evaluation.metrics["coverage_80"].value
+    return (
+        f"{evaluation.windows}: skill vs naive {skill.value:+.3f}{_interval(skill.low, skill.high)}, CRPS"
+        f" {ratio.value:.3f} x the random walk's{_interval(ratio.low, ratio.high)}, 80 % band covers {coverage:.0%}"
+    )
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f" [{low:.3f}, {high:.3f}]"
+
+
+def _date(millis: int) -> str:
+    return str(np.datetime64(millis, "ms").astype("datetime64[D]"))
+
+
+def _revision() -> str | None:
+    """The commit of the checkout that trains, if it is one."""
+    done = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or None
+
+
+# -- progress --------------------------------------------------------------------------------------
+
+
+def _progress(quiet: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description:32}"),
+        BarColumn(bar_width=24),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+        disable=quiet,
+    )
+
+
+def _reporter(progress: Progress, title: str) -> Report:
+    task = progress.add_task(title, total=1.0, note="")
+
+    def report(done: float, note: str) -> None:
+        progress.update(task, completed=done, note=note)
+
+    return report

@@ -16,10 +16,12 @@ from starlette.responses import Response
 
 from model_store.store import StoreError, VersionNotFound
 from models.calendars import UnknownCalendar
+from models.candles import InvalidCandles
 from models.forecaster import InvalidModelOutput, ModelError
 from service.engine.batcher import QueueFull
 from service.engine.engine import DeadlineExceeded, EngineStopped
 from service.engine.history import HistoryUnavailable, UnknownSymbol
+from service.engine.registry import ModelUnavailable
 
 _log = logging.getLogger(__name__)
 
@@ -71,9 +73,17 @@ _TABLE: Final[Mapping[type[Exception], _Answer]] = {
     QueueFull: _Answer(503, "overloaded"),
     EngineStopped: _Answer(503, "not_ready", retry_after=2),
     HistoryUnavailable: _Answer(503, "history_unavailable", retry_after=2),
-    StoreError: _Answer(503, "model_unavailable", "the model is in the store but cannot be loaded", 30),
+    ModelUnavailable: _Answer(503, "model_unavailable", retry_after=30),
+    StoreError: _Answer(503, "model_unavailable", "the model store cannot be read", 30),
+    InvalidCandles: _Answer(422, "invalid_candles"),
     DeadlineExceeded: _Answer(504, "deadline_exceeded"),
     InvalidModelOutput: _Answer(500, "model_output_invalid", "the model produced something that is no forecast"),
+}
+
+_POINTERS: Final[Mapping[type[Exception], str]] = {
+    UnknownCalendar: "/calendar",
+    VersionNotFound: "/model",
+    InvalidCandles: "/candles",
 }
 
 _NEXT_STEPS: Final[Mapping[str, str]] = {
@@ -161,8 +171,9 @@ async def _on_exception(request: Request, error: Exception) -> Response:
         answer = _Answer(500, "internal_error", "something went wrong here; the service's log says what")
     retry_after = getattr(error, "retry_after", answer.retry_after)
     headers = {"Retry-After": str(retry_after)} if retry_after else None
-    errors = [{"pointer": "/calendar", "detail": answer.detail or ""}] if isinstance(error, UnknownCalendar) else []
-    return problem(answer.status, answer.code, answer.detail or str(error), errors=errors, headers=headers)
+    detail = answer.detail or str(error)
+    errors = [{"pointer": pointer, "detail": detail} for kind, pointer in _POINTERS.items() if isinstance(error, kind)]
+    return problem(answer.status, getattr(error, "code", answer.code), detail, errors=errors, headers=headers)
 
 
 def _located(location: Sequence[int | str], detail: str) -> dict[str, str]:

@@ -71,7 +71,7 @@ class ForecastRequest(_Request):
     calendar: CalendarName | None = Field(None, description="24/7, 24/5, an exchange such as XNYS, or auto.")
     time_is: TimeIs = Field("open", description="What the timestamps of the candles are.")
     quantiles: Levels = list(DEFAULT_LEVELS)
-    samples: int | None = Field(None, ge=1, le=1024, description="Paths drawn.")
+    samples: int | None = Field(None, ge=1, le=512, description="Paths drawn.")
     temperature: float | None = Field(None, gt=0, le=10)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0, le=2**20, description="0 switches the filter off.")

@@ -18,6 +18,10 @@ _log = logging.getLogger(__name__)
 Build = Callable[[str, Mapping[str, Any], Mapping[str, Any], str], Forecaster]
 
 
+class ModelUnavailable(RuntimeError):
+    """The store has the version, but it cannot be loaded."""
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """One version that can forecast."""
@@ -57,7 +61,7 @@ class Registry:
     async def get(self, reference: str) -> LoadedModel:
         """The version that `name`, `name@version` or `name@alias` means now, loaded if it is not yet.
 
-        Raises VersionNotFound, or whatever the load raised; requests for one version share one load, which
+        Raises VersionNotFound or ModelUnavailable; requests for one version share one load, which
         goes on when a request is cancelled.
         """
         exact = self._resolve(reference)
@@ -100,10 +104,10 @@ class Registry:
         started = time.monotonic()
         try:
             model = await asyncio.to_thread(self._read, exact)
-        except Exception:
+        except Exception as error:
             del self._loads[exact]  # the next request tries again
             _log.exception("%s cannot be loaded", exact)
-            raise
+            raise ModelUnavailable(f"{exact} cannot be loaded") from error
         self._metrics.expect_model(name)
         self._metrics.model_ready.labels(name).set(1)
         self._metrics.model_load_seconds.labels(name).set(time.monotonic() - started)

@@ -5,7 +5,6 @@ Values that were sent are never sent back: a problem says where (`errors[].point
 
 import http
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -22,8 +21,6 @@ from service.engine.batcher import QueueFull
 from service.engine.engine import DeadlineExceeded, EngineStopped
 from service.engine.history import HistoryUnavailable, UnknownSymbol
 from service.engine.registry import ModelUnavailable
-
-_log = logging.getLogger(__name__)
 
 PROBLEM_JSON: Final = "application/problem+json"
 _MOST_ERRORS: Final = 10
@@ -79,6 +76,8 @@ _TABLE: Final[Mapping[type[Exception], _Answer]] = {
     DeadlineExceeded: _Answer(504, "deadline_exceeded"),
     InvalidModelOutput: _Answer(500, "model_output_invalid", "the model produced something that is no forecast"),
 }
+
+_UNFORESEEN: Final = _Answer(500, "internal_error", "something went wrong here; the service's log says what")
 
 _POINTERS: Final[Mapping[type[Exception], str]] = {
     UnknownCalendar: "/calendar",
@@ -164,11 +163,8 @@ async def _on_http_exception(_: Request, error: Exception) -> Response:
     return problem(error.status_code, code, error.detail, headers=error.headers)
 
 
-async def _on_exception(request: Request, error: Exception) -> Response:
-    answer = next((_TABLE[kind] for kind in type(error).__mro__ if kind in _TABLE), None)
-    if answer is None:
-        _log.error("%s failed", request.url.path, exc_info=error)
-        answer = _Answer(500, "internal_error", "something went wrong here; the service's log says what")
+async def _on_exception(_: Request, error: Exception) -> Response:
+    answer = next((_TABLE[kind] for kind in type(error).__mro__ if kind in _TABLE), _UNFORESEEN)
     retry_after = getattr(error, "retry_after", answer.retry_after)
     headers = {"Retry-After": str(retry_after)} if retry_after else None
     detail = answer.detail or str(error)

@@ -40,6 +40,10 @@ class Calendar(Protocol):
         """The instant each candle is complete."""
         ...
 
+    def opens(self, closes: Millis, interval: str) -> Millis:
+        """The opening instants of candles that close at rising instants; what fits no candle fails `check`."""
+        ...
+
     def local(self, timestamps: Millis, interval: str) -> Millis:
         """Wall clock of the exchange, as milliseconds since 1970 without a zone; midnight for daily candles."""
         ...
@@ -136,6 +140,9 @@ class Continuous:
     def closes(self, timestamps: Millis, interval: str) -> Millis:
         return timestamps + interval_ms(interval)
 
+    def opens(self, closes: Millis, interval: str) -> Millis:
+        return closes - interval_ms(interval)
+
     def local(self, timestamps: Millis, interval: str) -> Millis:
         return timestamps
 
@@ -200,6 +207,20 @@ class Exchange:
         if step == DAY_MS:
             return self._closes[np.searchsorted(self._labels(timestamps), timestamps)]
         return np.minimum(timestamps + step, self._segment_closes[self._segment(timestamps)])
+
+    def opens(self, closes: Millis, interval: str) -> Millis:
+        step = interval_ms(interval)
+        session = np.minimum(np.searchsorted(self._closes, closes), len(self._closes) - 1)
+        at_bell = self._closes[session] == closes
+        if step > DAY_MS or not at_bell.any():
+            return closes - step
+        if step == DAY_MS:
+            return np.where(at_bell, self._dates[session], closes - step)
+        inside = closes[~at_bell] - step
+        first = self._opens[session]
+        first = first - first % step if len(inside) == 0 or inside[0] % step == 0 else first
+        last_slot = first + (closes - first - 1) // step * step  # the bell may cut it short
+        return np.where(at_bell, last_slot, closes - step)
 
     def local(self, timestamps: Millis, interval: str) -> Millis:
         if interval_ms(interval) == DAY_MS:

@@ -57,6 +57,14 @@ def interval_ms(interval: str) -> int:
     return int(match[1]) * _UNIT_MS[match[2]]
 
 
+def interval_name(milliseconds: int) -> str:
+    """The one name of a length of time: `60m` and `1h` are both `1h`; ValueError if it has none."""
+    for unit, length in reversed(_UNIT_MS.items()):
+        if milliseconds > 0 and milliseconds % length == 0:
+            return f"{milliseconds // length}{unit}"
+    raise ValueError(f"{milliseconds} ms is not an interval")
+
+
 def with_amount(candles: Floats) -> Floats:
     """`[T, 5]` candles with their amount, mean(open, high, low, close) x volume, as a sixth column.
 

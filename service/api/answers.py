@@ -1,0 +1,156 @@
+"""A computed forecast as the answer that the documentation promises."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Final
+
+import numpy as np
+from pydantic import ValidationError
+
+from model_store.manifest import Evaluation
+from models.candles import CLOSE, Floats
+from models.forecaster import Forecast, ForecastInput, InvalidModelOutput
+from service.api.parameters import Parameters
+from service.api.schemas import (
+    ForecastAnswer,
+    Meta,
+    ModelName,
+    Naive,
+    ReturnForecast,
+    Returns,
+    Skill,
+    TimingsMs,
+)
+from service.engine.batcher import Computed
+from service.engine.registry import LoadedModel
+from service.engine.series import Series, is_stale
+
+_HOUR_MS: Final = 3_600_000
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request, settled: what was computed, from what, when."""
+
+    model: LoadedModel
+    series: Series
+    parameters: Parameters
+    item: ForecastInput
+    issued_at: int
+    knowledge: int  # the instant of knowledge: as_of where it was given, else issued_at
+    degraded: tuple[str, ...]
+
+
+def build_answer(asked: Asked, computed: Computed, total_ms: float) -> ForecastAnswer:
+    """The answer; InvalidModelOutput if the model put a number into it that is none."""
+    try:
+        return _build(asked, computed, total_ms)
+    except ValidationError as error:
+        raise InvalidModelOutput("the forecast holds a value that is no finite number") from error
+
+
+def _build(asked: Asked, computed: Computed, total_ms: float) -> ForecastAnswer:
+    series, item, forecast = asked.series, asked.item, computed.forecast
+    evaluation = asked.model.manifest.evaluation("test")
+    reasons = _reasons(asked, evaluation)
+    return ForecastAnswer(
+        symbol=series.symbol,
+        model=_model_name(asked.model),
+        interval=series.interval,
+        calendar=series.calendar.name,
+        issued_at=asked.issued_at,
+        as_of=series.as_of,
+        last_close=item.last_close,
+        data_age_seconds=(asked.issued_at - series.as_of) / 1000,
+        valid_until=_valid_until(asked),
+        horizon=item.horizon,
+        forecast=[
+            (time, *row) for time, row in zip(item.future_timestamps.tolist(), forecast.point.tolist(), strict=True)
+        ],
+        quantiles={name: _by_level(forecast.levels, values) for name, values in forecast.quantiles.items()},
+        returns=_returns(forecast, item.last_close),
+        naive=Naive(close=item.last_close),
+        skill=_skill(evaluation),
+        do_predict=0 if reasons else 1,
+        reasons=reasons,
+        warnings=[*series.warnings, *forecast.warnings],
+        paths=None if forecast.paths is None else forecast.paths.tolist(),
+        meta=_meta(asked, computed, total_ms),
+    )
+
+
+def _model_name(model: LoadedModel) -> ModelName:
+    return ModelName(
+        family=model.family, name=model.name, version=model.version, runtime=model.runtime, dtype=model.dtype
+    )
+
+
+def _meta(asked: Asked, computed: Computed, total_ms: float) -> Meta:
+    return Meta(
+        seed=asked.item.seed,
+        samples=asked.parameters.sampling.samples if asked.parameters.draws else None,
+        context=len(asked.item.timestamps),
+        cache="off",
+        batch_rows=computed.batch_rows,
+        degraded=list(asked.degraded),
+        timings_ms=TimingsMs(**asdict(computed.timings), total=total_ms),
+    )
+
+
+def _valid_until(asked: Asked) -> int:
+    first = asked.item.future_timestamps[:1]
+    closes = int(asked.series.calendar.closes(first, asked.series.interval)[0])
+    return closes if closes > asked.issued_at else asked.issued_at + _HOUR_MS
+
+
+def _by_level(levels: Sequence[float], values: Floats) -> dict[str, list[float]]:
+    return {repr(level): row.tolist() for level, row in zip(levels, values, strict=True)}
+
+
+def _returns(forecast: Forecast, last_close: float) -> ReturnForecast:
+    """Log-returns; those of one step have quantiles only where the model has a joint distribution."""
+    cumulative = np.log(forecast.point[:, CLOSE] / last_close)
+    step = forecast.step_return_quantiles
+    return ReturnForecast(
+        cumulative=Returns(
+            point=cumulative.tolist(),
+            quantiles=_by_level(forecast.levels, np.log(forecast.quantiles["close"] / last_close)),
+        ),
+        step=Returns(
+            point=np.diff(cumulative, prepend=0.0).tolist(),
+            quantiles=None if step is None else _by_level(forecast.levels, step),
+        ),
+        prob_up=forecast.prob_up.tolist(),
+    )
+
+
+def _skill(evaluation: Evaluation | None) -> Skill | None:
+    error = evaluation.metrics.get("mae_log_return") if evaluation else None
+    if evaluation is None or error is None or not error.naive:
+        return None
+    coverage = evaluation.metrics.get("coverage_80")
+    return Skill(
+        source="evaluation",
+        window=f"{evaluation.start}/{evaluation.end}",
+        relative_mae=error.value / error.naive,
+        coverage_80=coverage.value if coverage else None,
+        n=evaluation.origins,
+    )
+
+
+def _reasons(asked: Asked, evaluation: Evaluation | None) -> list[str]:
+    """Why a bot should not act on this forecast; none of them keeps it from being answered."""
+    reasons = []
+    if asked.series.source == "history" and is_stale(asked.series, asked.knowledge):
+        reasons.append("stale_history")
+    if evaluation is None:
+        reasons.append("no_baseline")
+    elif _is_worse_than_naive(evaluation):
+        reasons.append("worse_than_naive")
+    return reasons
+
+
+def _is_worse_than_naive(evaluation: Evaluation) -> bool:
+    """Beyond doubt: the whole interval of its skill lies below zero."""
+    skill = evaluation.metrics.get("skill_vs_naive")
+    return skill is not None and skill.high is not None and skill.high < 0

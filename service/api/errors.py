@@ -1,0 +1,181 @@
+"""Every failure a caller can meet: one table from exception to status, one shape (RFC 9457).
+
+Values that were sent are never sent back: a problem says where (`errors[].pointer`) and what.
+"""
+
+import http
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from model_store.store import StoreError, VersionNotFound
+from models.calendars import UnknownCalendar
+from models.candles import InvalidCandles
+from models.forecaster import InvalidModelOutput, ModelError
+from service.engine.batcher import QueueFull
+from service.engine.engine import DeadlineExceeded, EngineStopped
+from service.engine.history import HistoryUnavailable, UnknownSymbol
+from service.engine.registry import ModelUnavailable
+
+PROBLEM_JSON: Final = "application/problem+json"
+_MOST_ERRORS: Final = 10
+_LONGEST_POINTER: Final = 200
+
+
+class InputError(ValueError):
+    """The request is at fault at `pointer`; `facts` become members of the problem."""
+
+    def __init__(self, detail: str, pointer: str, code: str = "invalid_input", **facts: int | str) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.pointer = pointer
+        self.code = code
+        self.facts = facts
+
+
+class MalformedBody(HTTPException):
+    """The body is not JSON that means one thing."""
+
+    code = "malformed_json"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(400, detail)
+
+
+class BodyTooLarge(HTTPException):
+    """The body is longer than the service reads."""
+
+    code = "body_too_large"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(413, f"the body is longer than {limit} bytes")
+
+
+class _Answer(NamedTuple):
+    status: int
+    code: str
+    detail: str | None = None  # None: the exception's own words, which hold no input
+    retry_after: int | None = None
+
+
+_TABLE: Final[Mapping[type[Exception], _Answer]] = {
+    UnknownSymbol: _Answer(404, "unknown_symbol"),
+    VersionNotFound: _Answer(404, "unknown_model", "the store has no such model, version or alias"),
+    UnknownCalendar: _Answer(422, "unknown_calendar", "no calendar has this name"),
+    QueueFull: _Answer(503, "overloaded"),
+    EngineStopped: _Answer(503, "not_ready", retry_after=2),
+    HistoryUnavailable: _Answer(503, "history_unavailable", retry_after=2),
+    ModelUnavailable: _Answer(503, "model_unavailable", retry_after=30),
+    StoreError: _Answer(503, "model_unavailable", "the model store cannot be read", 30),
+    InvalidCandles: _Answer(422, "invalid_candles"),
+    DeadlineExceeded: _Answer(504, "deadline_exceeded"),
+    InvalidModelOutput: _Answer(500, "model_output_invalid", "the model produced something that is no forecast"),
+}
+
+_UNFORESEEN: Final = _Answer(500, "internal_error", "something went wrong here; the service's log says what")
+
+_POINTERS: Final[Mapping[type[Exception], str]] = {
+    UnknownCalendar: "/calendar",
+    VersionNotFound: "/model",
+    InvalidCandles: "/candles",
+}
+
+_NEXT_STEPS: Final[Mapping[str, str]] = {
+    "unknown_symbol": "Send candles in the body, or store some with PUT /candles/{symbol}; GET /symbols lists them.",
+    "unknown_model": "GET /models lists what can be asked for.",
+    "unknown_interval": "GET /symbols lists the intervals that are stored.",
+    "unknown_calendar": "Use 24/7, 24/5, auto or an exchange such as XNYS.",
+    "model_not_available": "Name toto, kronos or a model that GET /models lists.",
+    "overloaded": "Try again after Retry-After seconds.",
+    "not_ready": "Try again after Retry-After seconds.",
+    "history_unavailable": "Send the candles in the body: that needs no stored history.",
+    "model_unavailable": "Name another version; the service's log says why this one does not load.",
+    "deadline_exceeded": "Raise timeout_ms, or ask for fewer samples or a shorter horizon.",
+    "too_few_candles": "Send or store more candles, or lower lookback.",
+    "unsupported_parameter": "Leave the parameter out, or choose a model that uses it.",
+    "off_grid": "Check interval, calendar and time_is against the timestamps.",
+    "future_timestamp": "Timestamps are candle opens in UTC milliseconds; check time_is and the clock.",
+    "body_too_large": "Send fewer candles: a model reads only the newest.",
+    "malformed_json": "Send one JSON object, each key once, with Content-Type: application/json.",
+}
+
+
+def problem(
+    status: int,
+    code: str,
+    detail: str,
+    *,
+    errors: Sequence[Mapping[str, str]] = (),
+    headers: Mapping[str, str] | None = None,
+    facts: Mapping[str, int | str] | None = None,
+) -> Response:
+    """An RFC 9457 answer; `facts` become members of their own."""
+    body: dict[str, Any] = {
+        "type": "about:blank",
+        "title": http.HTTPStatus(status).phrase,
+        "status": status,
+        "code": code,
+        "detail": detail,
+        "errors": list(errors),
+        "next_steps": [_NEXT_STEPS[code]] if code in _NEXT_STEPS else [],
+        **(facts or {}),
+    }
+    return Response(json.dumps(body).encode(), status, headers, PROBLEM_JSON)
+
+
+def install(app: FastAPI) -> None:
+    """Make every failure of `app` a problem."""
+    app.add_exception_handler(InputError, _on_input_error)
+    app.add_exception_handler(ModelError, _on_model_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    for kind in (*_TABLE, Exception):
+        app.add_exception_handler(kind, _on_exception)
+
+
+async def _on_input_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, InputError)
+    where = {"pointer": error.pointer, "detail": error.detail}
+    return problem(422, error.code, error.detail, errors=[where], facts=error.facts)
+
+
+async def _on_model_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ModelError)
+    where = {"pointer": f"/{error.field}", "detail": str(error)}
+    return problem(422, error.code, str(error), errors=[where])
+
+
+async def _on_validation_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    found = error.errors()
+    where = [_located(entry["loc"], str(entry["msg"])) for entry in found[:_MOST_ERRORS]]
+    return problem(422, "invalid_input", f"{len(found)} part(s) of the request are not as described", errors=where)
+
+
+async def _on_http_exception(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = getattr(error, "code", None) or http.HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
+    return problem(error.status_code, code, error.detail, headers=error.headers)
+
+
+async def _on_exception(_: Request, error: Exception) -> Response:
+    answer = next((_TABLE[kind] for kind in type(error).__mro__ if kind in _TABLE), _UNFORESEEN)
+    retry_after = getattr(error, "retry_after", answer.retry_after)
+    headers = {"Retry-After": str(retry_after)} if retry_after else None
+    detail = answer.detail or str(error)
+    errors = [{"pointer": pointer, "detail": detail} for kind, pointer in _POINTERS.items() if isinstance(error, kind)]
+    return problem(answer.status, getattr(error, "code", answer.code), detail, errors=errors, headers=headers)
+
+
+def _located(location: Sequence[int | str], detail: str) -> dict[str, str]:
+    """Where pydantic found something: a JSON pointer into the body, or the name of a parameter."""
+    source, *path = location
+    if source == "body":
+        pointer = "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in path)
+        return {"pointer": pointer[:_LONGEST_POINTER], "detail": detail}
+    return {"parameter": str(path[0]) if path else "", "detail": detail}

@@ -1,0 +1,106 @@
+"""What a request asks of a version: its own words, else the version's serving defaults, else the built-in ones."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from model_store.manifest import ModelLimits
+from models.forecaster import ModelError, Sampling
+from models.quantiles import parse_aggregate
+from service.api.errors import InputError
+from service.api.schemas import ForecastRequest
+from service.engine.registry import LoadedModel
+
+_TOTO_PASS: Final = 64  # steps that Toto answers in one pass, without drawing anything
+_HORIZON: Final[Mapping[str, int]] = {"toto": 64}
+_HISTORY_LOOKBACK: Final[Mapping[str, int]] = {"kronos": 64}
+_SAMPLING: Final = ("samples", "temperature", "top_p", "top_k")
+_BUILT_IN: Final[Mapping[str, Any]] = {"samples": 32, "temperature": 1.0, "top_p": 0.9, "top_k": 0}
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Everything but the candles, settled. `lookback` is the most candles that the model will see."""
+
+    horizon: int
+    lookback: int
+    exact_lookback: bool
+    levels: tuple[float, ...]
+    sampling: Sampling
+    draws: bool
+    aggregate: str
+    paths: bool
+
+
+def settle(request: ForecastRequest, model: LoadedModel) -> Parameters:
+    """The parameters of a request to one version; ModelError names the field that does not fit it."""
+    limits, serving = model.manifest.limits, model.manifest.serving
+    horizon = request.horizon or min(serving.get("horizon", _HORIZON.get(model.family, 30)), limits.max_horizon)
+    if horizon > limits.max_horizon:
+        raise ModelError(f"the model forecasts {limits.max_horizon} steps at most", "horizon", "horizon_too_long")
+    draws = model.family == "kronos" or (model.family == "toto" and horizon > _TOTO_PASS)
+    _refuse_unused(request, model.family, draws)
+    given = {name: getattr(request, name) for name in _SAMPLING}
+    settled = {name: given[name] if given[name] is not None else serving.get(name, _BUILT_IN[name]) for name in given}
+    return Parameters(
+        horizon=horizon,
+        lookback=_lookback(request, model, horizon),
+        exact_lookback=request.lookback is not None,
+        levels=tuple(request.quantiles),
+        sampling=Sampling(**settled),
+        draws=draws,
+        aggregate=_aggregate(request.aggregate or serving.get("aggregate", "median"), model.family),
+        paths=request.paths,
+    )
+
+
+def require_enough(got: int, parameters: Parameters, limits: ModelLimits) -> None:
+    """InputError unless the model can work with so many candles."""
+    needed = parameters.lookback if parameters.exact_lookback else limits.min_context
+    if got < needed:
+        pointer = "/lookback" if parameters.exact_lookback else "/candles"
+        detail = f"{needed} closed candles are needed, {got} are there"
+        raise InputError(detail, pointer, "too_few_candles", needed=needed, got=got)
+
+
+def _refuse_unused(request: ForecastRequest, family: str, draws: bool) -> None:
+    unused = [] if draws else [name for name in _SAMPLING if getattr(request, name) is not None]
+    if request.paths and not draws:
+        unused.append("paths")
+    if request.aggregate is not None and family == "naive":
+        unused.append("aggregate")
+    if unused:
+        raise ModelError(f"{family} does not use this parameter for this horizon: leave it out", unused[0])
+
+
+def _aggregate(spec: str, family: str) -> str:
+    try:
+        parse_aggregate(spec)
+    except ValueError:
+        raise InputError("names no way to combine paths: use median, mean, trimmed_mean_10, …", "/aggregate") from None
+    if family == "toto" and spec not in ("median", "mean"):
+        raise ModelError("toto's aggregate is median or mean", "aggregate")
+    return spec
+
+
+def _lookback(request: ForecastRequest, model: LoadedModel, horizon: int) -> int:
+    limits = model.manifest.limits
+    room = limits.max_context
+    if limits.max_total is not None:
+        room = min(room, limits.max_total - horizon)
+    if room < limits.min_context:
+        raise ModelError("the horizon leaves the model no room for candles", "horizon", "horizon_too_long")
+    if request.lookback is None:
+        return min(room, _default_lookback(request, model))
+    if not limits.min_context <= request.lookback <= room:
+        detail = f"with {horizon} steps ahead the model sees {limits.min_context} to {room} candles"
+        raise ModelError(detail, "lookback", "lookback_out_of_range")
+    return request.lookback
+
+
+def _default_lookback(request: ForecastRequest, model: LoadedModel) -> int:
+    """All candles that were sent; from history what the version prefers."""
+    most = model.manifest.limits.max_context
+    if request.candles is not None:
+        return most
+    return int(model.manifest.serving.get("lookback", _HISTORY_LOOKBACK.get(model.family, most)))

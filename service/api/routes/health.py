@@ -1,0 +1,35 @@
+"""Probes. Redis is in none of them: a shared dependency would take every replica out at once."""
+
+from typing import Any
+
+from fastapi import APIRouter, Response
+
+from service.api.errors import problem
+from service.api.schemas import Health
+from service.services import Parts
+
+router = APIRouter()
+
+
+@router.get("/livez", response_model=Health, summary="Is the process alive")
+async def livez(parts: Parts) -> Any:
+    """503 once the engine's thread has ended: only a restart helps then."""
+    return _health(parts.engine.alive or not parts.started, parts.degraded)
+
+
+@router.get("/readyz", response_model=Health, summary="Should callers be sent here")
+async def readyz(parts: Parts) -> Any:
+    """200 from start-up until SIGTERM; without Redis too."""
+    return _health(parts.engine.alive and parts.started and not parts.draining, parts.degraded)
+
+
+@router.get("/startupz", response_model=Health, summary="Has start-up finished")
+async def startupz(parts: Parts) -> Any:
+    """200 once the service has started."""
+    return _health(parts.started, parts.degraded)
+
+
+def _health(well: bool, degraded: tuple[str, ...]) -> Response | Health:
+    if not well:
+        return problem(503, "not_ready", "not ready", headers={"Retry-After": "2"})
+    return Health(status="ok", degraded=list(degraded))

@@ -1,0 +1,268 @@
+"""Requests and answers as they stand in the documentation. Nothing behind the routes sees pydantic."""
+
+import re
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from models.candles import interval_ms, interval_name
+from models.forecaster import DEFAULT_LEVELS
+from models.uniforms import MAX_SEED
+from service.api.errors import InputError
+
+_SYMBOL: Final = re.compile(r"[A-Z0-9^][A-Z0-9._^=-]{0,31}")
+_REFERENCE: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}(@[A-Za-z0-9._-]{1,64})?$"
+
+
+def normalise_symbol(text: str) -> str:
+    """`btc/usdt:usdt` as `BTC-USDT-USDT`; InputError if it is no symbol."""
+    symbol = re.sub(r"[/:]", "-", text).upper() if text.isascii() else ""
+    if not _SYMBOL.fullmatch(symbol):
+        raise InputError(
+            "a symbol has 1 to 32 letters, digits or any of . _ ^ = - and starts with a letter, digit or ^",
+            "",
+            "invalid_symbol",
+        )
+    return symbol
+
+
+def normalise_interval(text: str) -> str:
+    """`60m` as `1h`; ValueError if it is no interval."""
+    return interval_name(interval_ms(text))
+
+
+def _normalise_levels(levels: list[float]) -> list[float]:
+    if not all(0 < level < 1 for level in levels):
+        raise ValueError("each quantile lies between 0 and 1")
+    return sorted(set(levels))
+
+
+Interval = Annotated[str, Field(max_length=8), AfterValidator(normalise_interval)]
+Levels = Annotated[list[float], Field(min_length=1, max_length=20), AfterValidator(_normalise_levels)]
+Candles = Annotated[
+    list[Any] | dict[str, Any],
+    Field(
+        description="ccxt rows [ms, open, high, low, close, volume(, amount)], Binance kline rows, Alpaca objects"
+        " {t, o, h, l, c, v, n, vw} or columns {timestamp, open, high, low, close, volume(, amount)}, oldest first.",
+        examples=[[[1700006400000, 1.0, 1.1, 0.9, 1.05, 120.0]]],
+    ),
+]
+CalendarName = Annotated[str, Field(max_length=16, pattern=r"^[A-Za-z0-9/_]+$")]
+TimeIs = Literal["open", "close"]
+CandleRow = tuple[int, float, float, float, float, float]
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
+class ForecastRequest(_Request):
+    """What to forecast. Everything is optional; what the chosen model does not use is refused."""
+
+    model: str = Field("toto", pattern=_REFERENCE, description="toto, kronos, or NAME[@VERSION or @ALIAS].")
+    interval: Interval | None = Field(None, description="Default: the only one stored, or the candles' own step.")
+    horizon: int | None = Field(None, ge=1, description="Steps ahead; default 64 for Toto, 30 otherwise.")
+    candles: Candles | None = Field(None, description="Default: the stored history of the symbol.")
+    lookback: int | None = Field(None, ge=1, description="How many of the newest candles the model sees.")
+    calendar: CalendarName | None = Field(None, description="24/7, 24/5, an exchange such as XNYS, or auto.")
+    time_is: TimeIs = Field("open", description="What the timestamps of the candles are.")
+    quantiles: Levels = list(DEFAULT_LEVELS)
+    samples: int | None = Field(None, ge=1, le=512, description="Paths drawn.")
+    temperature: float | None = Field(None, gt=0, le=10)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0, le=2**20, description="0 switches the filter off.")
+    aggregate: str | None = Field(None, max_length=64, description="How paths become the point; default median.")
+    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Default: hash of symbol, interval, as_of, version.")
+    paths: bool = Field(False, description="Whether the answer holds every drawn path.")
+    as_of: int | str | None = Field(None, description="Only candles closed by then count; default: now.")
+    cache: Literal["use", "bypass"] = "use"
+    timeout_ms: int | None = Field(None, ge=1, le=600_000, description="Deadline, counted from the request's arrival.")
+
+
+class PutCandlesRequest(_Request):
+    """Candles to store; sending them again changes nothing, a restated candle replaces the old one."""
+
+    candles: Candles
+    interval: Interval | None = Field(None, description="Default: the candles' own step.")
+    calendar: CalendarName | None = Field(None, description="Remembered with the symbol; default: as it was, or auto.")
+    time_is: TimeIs = "open"
+
+
+class ModelName(_Answer):
+    """Which version answered, and how it was run."""
+
+    family: str
+    name: str
+    version: str
+    runtime: str
+    dtype: str
+
+
+class Returns(_Answer):
+    """Log-returns."""
+
+    point: list[float]
+    quantiles: dict[str, list[float]] | None = Field(None, description="None where no joint distribution is known.")
+
+
+class ReturnForecast(_Answer):
+    """Log-returns since the last close, step by step, and the probability of a rise."""
+
+    cumulative: Returns
+    step: Returns
+    prob_up: list[float]
+
+
+class Naive(_Answer):
+    """The forecast to beat."""
+
+    close: float
+
+
+class Skill(_Answer):
+    """How the version did against the naive forecast; `relative_mae` below 1 is better than naive."""
+
+    source: Literal["evaluation"]
+    window: str
+    relative_mae: float
+    coverage_80: float | None
+    n: int
+
+
+class TimingsMs(_Answer):
+    """Milliseconds; `total` runs from the parsed request to the built answer."""
+
+    queue: float
+    batch: float
+    prepare: float
+    run: float
+    finish: float
+    total: float
+
+
+class Meta(_Answer):
+    """How the answer came about."""
+
+    seed: int
+    samples: int | None = Field(description="Paths drawn; None where the model draws none.")
+    context: int = Field(description="Candles the model saw.")
+    cache: Literal["off"]
+    batch_rows: int
+    degraded: list[str]
+    timings_ms: TimingsMs
+
+
+class ForecastAnswer(_Answer):
+    """A forecast. All times are UTC milliseconds."""
+
+    symbol: str
+    model: ModelName
+    interval: str
+    calendar: str
+    issued_at: int
+    as_of: int = Field(description="When the last candle used closed.")
+    last_close: float
+    data_age_seconds: float
+    valid_until: int = Field(description="When the first forecast candle closes, or an hour on where that is past.")
+    horizon: int
+    forecast: list[CandleRow]
+    quantiles: dict[str, dict[str, list[float]]]
+    returns: ReturnForecast
+    naive: Naive
+    skill: Skill | None
+    do_predict: Literal[0, 1]
+    reasons: list[str]
+    warnings: list[str]
+    paths: list[list[list[float]]] | None = None
+    meta: Meta
+
+
+class PutCandlesAnswer(_Answer):
+    """What the candles of the request were."""
+
+    symbol: str
+    interval: str
+    calendar: str
+    received: int
+    new: int
+    duplicate: int
+    restated: int
+    warnings: list[str]
+
+
+class CandlesAnswer(_Answer):
+    """Stored candles, oldest first: [ms, open, high, low, close, volume, amount]."""
+
+    symbol: str
+    interval: str
+    calendar: str
+    candles: list[tuple[int, float, float, float, float, float, float]]
+
+
+class SymbolAnswer(_Answer):
+    """One stored series; `first` and `last` are candle opens."""
+
+    symbol: str
+    interval: str
+    calendar: str
+    first: int
+    last: int
+
+
+class SymbolsAnswer(_Answer):
+    """Everything that is stored."""
+
+    symbols: list[SymbolAnswer]
+
+
+class LimitsAnswer(_Answer):
+    """What a version can take, in candles."""
+
+    min_context: int
+    max_context: int
+    max_horizon: int
+    max_total: int | None
+
+
+class EvaluationAnswer(_Answer):
+    """Scores of one set of windows, each beside the naive forecast's where it has one."""
+
+    windows: str
+    start: str
+    end: str
+    interval: str
+    horizon: int
+    origins: int
+    metrics: dict[str, dict[str, float | None]]
+
+
+class ModelAnswer(_Answer):
+    """One version of the store."""
+
+    name: str
+    version: str
+    family: str
+    aliases: list[str]
+    asked_for_as: list[str] = Field(description="References that mean this version.")
+    loaded: bool
+    limits: LimitsAnswer
+    licence: str | None
+    created_at: str
+    evaluations: list[EvaluationAnswer]
+
+
+class ModelsAnswer(_Answer):
+    """The model store."""
+
+    models: list[ModelAnswer]
+
+
+class Health(_Answer):
+    """The answer to a probe."""
+
+    status: str
+    degraded: list[str]

@@ -1,0 +1,152 @@
+"""Between the socket and the routes: strict JSON, bounded bodies, slashes in symbols, counted answers."""
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, TypeVar
+from urllib.parse import unquote
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.api.errors import BodyTooLarge, MalformedBody, problem
+from service.metrics import Metrics
+
+T = TypeVar("T")
+
+_UNROUTED: Final = "_none"
+_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+
+class ClientGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
+class StrictRequest(Request):
+    """JSON that means one thing: UTF-8, no key twice, no depth or number that only an attack has."""
+
+    async def json(self) -> Any:
+        body = await self.body()
+        try:
+            return json.loads(body.decode(), object_pairs_hook=_unique)
+        except UnicodeDecodeError:
+            raise MalformedBody("the body is not UTF-8") from None
+        except RecursionError:
+            raise MalformedBody("the body is nested too deeply") from None
+        except json.JSONDecodeError as error:
+            raise MalformedBody(f"the body is not JSON: {error.msg} at character {error.pos}") from None
+        except ValueError:  # an integer of thousands of digits
+            raise MalformedBody("the body holds a number that is too long") from None
+
+
+class StrictRoute(APIRoute):
+    """A route that reads its body as StrictRequest does."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def strict(request: Request) -> Response:
+            return await handle(StrictRequest(request.scope, request.receive))
+
+        return strict
+
+
+class BodyLimit:
+    """Refuse bodies over a limit: at once where their length is announced, else while they arrive."""
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self.app = app
+        self.limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if length.isdigit() and int(length[:20]) > self.limit:
+            error = BodyTooLarge(self.limit)
+            refusal = problem(413, error.code, error.detail, headers={"Connection": "close"})
+            return await refusal(scope, receive, send)
+        received = 0
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.limit:
+                raise BodyTooLarge(self.limit)
+            return message
+
+        await self.app(scope, counted, send)
+
+
+class SymbolPaths:
+    """`/forecast/BTC%2FUSDT` is one segment: servers decode the slash, which would end the symbol there."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        raw: bytes = scope.get("raw_path") or b""
+        if b"%2f" in raw.lower():
+            segments = raw.partition(b"?")[0].decode("latin-1").split("/")
+            scope["path"] = "/".join(unquote(segment).replace("/", "-") for segment in segments)
+        await self.app(scope, receive, send)
+
+
+class CountedAnswers:
+    """Counts and times every answer by the template of its route, never by its path."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        started = time.monotonic()
+        status = 500
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noted)
+        finally:
+            route = getattr(scope.get("route"), "path", _UNROUTED)
+            method = scope["method"] if scope["method"] in _METHODS else "_other"
+            self.metrics.http_requests.labels(route, method, str(status)).inc()
+            self.metrics.http_seconds.labels(route, method).observe(time.monotonic() - started)
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the caller hangs up; ClientGone then."""
+    task = asyncio.create_task(work)
+    watcher = asyncio.create_task(_hung_up(request.receive))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        for each in (task, watcher):
+            each.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await each
+
+
+async def _hung_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise MalformedBody("an object holds one key twice")
+    return found

@@ -1,0 +1,95 @@
+"""The application: parts made from settings, started and stopped by its lifespan."""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import torch
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry, make_asgi_app
+from starlette.types import ASGIApp
+
+from model_store.store import ModelStore
+from models.forecaster import Forecaster
+from service.api import errors
+from service.api.routes import candles, forecast, health, models
+from service.api.wire import BodyLimit, CountedAnswers, SymbolPaths
+from service.engine.batcher import Batcher
+from service.engine.engine import Engine
+from service.engine.history import History
+from service.engine.registry import Build, Registry
+from service.engine.series import load_calendar
+from service.metrics import Metrics
+from service.services import Clock, Services, wall_clock
+from service.settings import Settings
+from service.state import State
+
+
+def create_app(settings: Settings, *, build: Build | None = None, now: Clock = wall_clock) -> FastAPI:
+    """The API for callers; its parts are `app.state.services`. `build` makes a version's forecaster."""
+    services = _services(settings, build or _build_forecaster, now)
+    app = FastAPI(
+        title="Candlecast",
+        summary="Candles in, forecasts out.",
+        lifespan=_lifespan,
+        openapi_url="/openapi.json",
+        redoc_url=None,
+    )
+    app.state.services = services
+    for module in (forecast, candles, models, health):
+        app.include_router(module.router)
+    errors.install(app)
+    app.add_middleware(SymbolPaths)
+    app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
+    app.add_middleware(CountedAnswers, metrics=services.metrics)
+    return app
+
+
+def create_admin_app(services: Services) -> ASGIApp:
+    """`/metrics`, for the admin port."""
+    app = FastAPI(title="Candlecast admin", docs_url=None, redoc_url=None, openapi_url=None)
+    errors.install(app)
+    app.mount("/metrics", make_asgi_app(services.metrics.registry))
+    return app
+
+
+def _services(settings: Settings, build: Build, now: Clock) -> Services:
+    metrics = Metrics(CollectorRegistry())
+    state = State(settings.redis_url, settings.home, metrics)
+    nicknames = {"toto": settings.toto, "kronos": settings.kronos}
+    return Services(
+        settings=settings,
+        metrics=metrics,
+        state=state,
+        history=History(state, metrics),
+        registry=Registry(ModelStore(settings.store_root), build, nicknames, settings.device, metrics),
+        engine=Engine(Batcher(settings.max_queue, settings.max_batch_rows), metrics),
+        now=now,
+    )
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    services: Services = app.state.services
+    if services.settings.threads:
+        torch.set_num_threads(services.settings.threads)
+    await services.state.start()
+    services.engine.start()
+    calendar = asyncio.create_task(load_calendar("XNYS"))  # takes a second; nobody waits for it here
+    services.started = True
+    try:
+        yield
+    finally:
+        services.draining = True
+        await services.engine.stop()
+        await calendar
+        await services.state.stop()
+
+
+def _build_forecaster(
+    family: str, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor], device: str
+) -> Forecaster:
+    from models.families import build_forecaster  # both networks, which only a first load needs
+
+    return build_forecaster(family, config, weights, device)

@@ -1,0 +1,119 @@
+"""Model references to loaded versions: resolved at every request, loaded once, off the event loop."""
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from model_store.manifest import Manifest
+from model_store.store import ModelStore
+from models.forecaster import Forecaster
+from service.metrics import Metrics
+
+_log = logging.getLogger(__name__)
+
+Build = Callable[[str, Mapping[str, Any], Mapping[str, Any], str], Forecaster]
+
+
+class ModelUnavailable(RuntimeError):
+    """The store has the version, but it cannot be loaded."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """One version that can forecast."""
+
+    manifest: Manifest
+    forecaster: Forecaster
+    runtime: str = "eager"
+    dtype: str = "float32"
+
+    @property
+    def name(self) -> str:
+        return self.manifest.model
+
+    @property
+    def version(self) -> str:
+        return self.manifest.version
+
+    @property
+    def family(self) -> str:
+        return self.manifest.family
+
+
+class Registry:
+    """The versions of a store, by reference. `nicknames` maps the words of the API to names in the store."""
+
+    def __init__(
+        self, store: ModelStore, build: Build, nicknames: Mapping[str, str], device: str, metrics: Metrics
+    ) -> None:
+        self.store = store
+        self.nicknames = nicknames
+        self._build = build
+        self._device = device
+        self._metrics = metrics
+        self._resolved: dict[str, tuple[tuple[int, int], str]] = {}
+        self._loads: dict[str, asyncio.Task[LoadedModel]] = {}
+
+    async def get(self, reference: str) -> LoadedModel:
+        """The version that `name`, `name@version` or `name@alias` means now, loaded if it is not yet.
+
+        Raises VersionNotFound or ModelUnavailable; requests for one version share one load, which
+        goes on when a request is cancelled.
+        """
+        exact = self._resolve(reference)
+        load = self._loads.get(exact)
+        if load is None:
+            load = asyncio.create_task(self._load(exact), name=f"load {exact}")
+            self._loads[exact] = load
+        return await asyncio.shield(load)
+
+    def loaded(self) -> dict[str, LoadedModel]:
+        """`name@version` to the versions in memory."""
+        return {
+            exact: load.result()
+            for exact, load in self._loads.items()
+            if load.done() and not load.cancelled() and load.exception() is None
+        }
+
+    def _resolve(self, reference: str) -> str:
+        """`name@version` of a reference; the store is read again only when an alias has moved."""
+        name, at, wanted = reference.partition("@")
+        name = self.nicknames.get(name, name)
+        reference = f"{name}{at}{wanted}"
+        known = self._resolved.get(reference)
+        if known and known[0] == self._stamp(name):
+            return known[1]
+        exact = "@".join(self.store.resolve(reference))
+        self._resolved[reference] = (self._stamp(name), exact)
+        return exact
+
+    def _stamp(self, name: str) -> tuple[int, int]:
+        """Changes whenever the aliases do: they are replaced by rename."""
+        try:
+            found = os.stat(self.store.root / name / "aliases.json")
+        except FileNotFoundError:
+            return (0, 0)
+        return (found.st_ino, found.st_mtime_ns)
+
+    async def _load(self, exact: str) -> LoadedModel:
+        name = exact.partition("@")[0]
+        started = time.monotonic()
+        try:
+            model = await asyncio.to_thread(self._read, exact)
+        except Exception as error:
+            del self._loads[exact]  # the next request tries again
+            _log.exception("%s cannot be loaded", exact)
+            raise ModelUnavailable(f"{exact} cannot be loaded") from error
+        self._metrics.expect_model(name)
+        self._metrics.model_ready.labels(name).set(1)
+        self._metrics.model_load_seconds.labels(name).set(time.monotonic() - started)
+        return model
+
+    def _read(self, exact: str) -> LoadedModel:
+        found = self.store.load(exact)
+        forecaster = self._build(found.manifest.family, found.config, found.weights, self._device)
+        return LoadedModel(found.manifest, forecaster)

@@ -1,0 +1,121 @@
+"""Run the service: two ports, one process, one event loop, until SIGTERM."""
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import uvicorn
+
+from service.app import create_admin_app, create_app
+from service.services import Services
+from service.settings import Settings
+from service.state import StateError
+
+_BACKLOG: Final = 2048
+
+
+@dataclass(frozen=True)
+class Listening:
+    """Where the service can be reached."""
+
+    url: str
+    admin_url: str
+
+
+class ServeError(RuntimeError):
+    """The service cannot start; the message says what to do."""
+
+
+class _Server(uvicorn.Server):
+    """A server that leaves signals to whoever runs two of them."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def serve(settings: Settings, on_ready: Callable[[Listening], None]) -> None:
+    """Serve until SIGINT or SIGTERM; `on_ready` is called once, when both ports answer.
+
+    Open requests are finished first. ServeError if a port is taken or the private Redis cannot run.
+    """
+    with contextlib.ExitStack() as sockets:
+        callers = sockets.enter_context(_listen(settings.host, settings.port, "CANDLECAST_PORT"))
+        admin = sockets.enter_context(_listen(settings.host, settings.admin_port, "CANDLECAST_ADMIN_PORT"))
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(_serve(settings, callers, admin, on_ready))
+
+
+async def _serve(
+    settings: Settings, callers: socket.socket, admin: socket.socket, on_ready: Callable[[Listening], None]
+) -> None:
+    app = create_app(settings)
+    services: Services = app.state.services
+    servers = [
+        _server(app, settings, lifespan="off"),
+        _server(create_admin_app(services), settings, lifespan="off"),
+    ]
+    _on_signal(servers, services)
+    try:
+        async with app.router.lifespan_context(app):
+            tasks = [
+                asyncio.create_task(server.serve(sockets=[listener]))
+                for server, listener in zip(servers, (callers, admin), strict=True)
+            ]
+            while not all(server.started for server in servers) and not any(task.done() for task in tasks):
+                await asyncio.sleep(0.01)
+            on_ready(Listening(_url(callers), _url(admin)))
+            await asyncio.gather(*tasks)
+    except StateError as error:
+        raise ServeError(str(error)) from error
+
+
+def _server(app: object, settings: Settings, lifespan: str) -> _Server:
+    config = uvicorn.Config(
+        app,  # type: ignore[arg-type]
+        lifespan=lifespan,  # type: ignore[arg-type]
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=settings.shutdown_seconds,
+    )
+    return _Server(config)
+
+
+def _on_signal(servers: list[_Server], services: Services) -> None:
+    """The first signal drains, the second ends open requests."""
+
+    def stop() -> None:
+        for server in servers:
+            server.force_exit = services.draining
+            server.should_exit = True
+        services.draining = True
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
+
+
+def _listen(host: str, port: int, variable: str) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise ServeError(f"cannot listen on {host}:{port}: {error.strerror}; set {variable}") from error
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:  # not on Windows
+        return None
+    return uvloop.new_event_loop

@@ -1,0 +1,109 @@
+"""Every Prometheus series of the service, in one registry that is handed in. No series carries a symbol."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+
+STAGES: Final = ("queue", "batch", "prepare", "run", "finish", "total")
+OUTCOMES: Final = ("ok", "degraded", "invalid", "overloaded", "timeout", "cancelled", "error")
+PUT_RESULTS: Final = ("new", "duplicate", "restated", "unclosed")
+UNKNOWN_MODEL: Final = "_unknown"
+
+_HTTP_SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 2, 3, 5, 10, 30)
+_STAGE_SECONDS: Final = (
+    *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1),
+    *(0.2, 0.3, 0.5, 1, 2, 5, 10, 30),
+)
+_ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128)
+_REDIS_SECONDS: Final = (0.0002, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25)
+
+
+class Metrics:
+    """The series, by name; label values are bounded by the routes and the model store."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        # `_created` gauges double the number of series and nobody reads them
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry = registry
+        self._http(registry)
+        self._engine(registry)
+        self._state(registry)
+
+    def _http(self, to: CollectorRegistry) -> None:
+        self.http_requests = Counter(
+            "candlecast_http_requests_total", "Answers given.", ["route", "method", "code"], registry=to
+        )
+        self.http_seconds = Histogram(
+            "candlecast_http_request_duration_seconds",
+            "From the request's head to the answer's last byte.",
+            ["route", "method"],
+            buckets=_HTTP_SECONDS,
+            registry=to,
+        )
+        self.forecasts = Counter(
+            "candlecast_forecast_requests_total", "Forecast requests by outcome.", ["model", "outcome"], registry=to
+        )
+        self.rejections = Counter(
+            "candlecast_candle_rejections_total", "Bodies refused for their candles.", ["reason"], registry=to
+        )
+
+    def _engine(self, to: CollectorRegistry) -> None:
+        self.stage_seconds = Histogram(
+            "candlecast_forecast_stage_duration_seconds",
+            "Time of one forecast in each stage.",
+            ["model", "stage"],
+            buckets=_STAGE_SECONDS,
+            registry=to,
+        )
+        self.batch_rows = Histogram(
+            "candlecast_batch_size", "Requests computed together.", ["model"], buckets=_ROWS, registry=to
+        )
+        self.queue_depth = Gauge("candlecast_queue_depth", "Requests waiting for the engine.", registry=to)
+        self.queue_capacity = Gauge("candlecast_queue_capacity", "Most requests that may wait.", registry=to)
+        self.model_ready = Gauge(
+            "candlecast_model_ready", "1 while a version of the model is loaded.", ["model"], registry=to
+        )
+        self.model_load_seconds = Gauge(
+            "candlecast_model_load_seconds", "Time the newest load of the model took.", ["model"], registry=to
+        )
+
+    def _state(self, to: CollectorRegistry) -> None:
+        self.degraded = Gauge("candlecast_degraded", "1 while something is out of order.", ["reason"], registry=to)
+        self.degraded.labels("redis_state").set(0)
+        self.redis_seconds = Histogram(
+            "candlecast_redis_command_duration_seconds",
+            "Time of one operation on Redis, however many commands it takes.",
+            ["op"],
+            buckets=_REDIS_SECONDS,
+            registry=to,
+        )
+        self.redis_errors = Counter(
+            "candlecast_redis_errors_total", "Operations on Redis that failed.", ["op", "kind"], registry=to
+        )
+        self.candles_ingested = Counter(
+            "candlecast_candles_ingested_total", "Candles put, by what they were.", ["result"], registry=to
+        )
+        for result in PUT_RESULTS:
+            self.candles_ingested.labels(result)
+
+    def expect_model(self, model: str) -> None:
+        """Start the model's series at zero, so that a rate exists before the first event."""
+        for outcome in OUTCOMES:
+            self.forecasts.labels(model, outcome)
+        for stage in STAGES:
+            self.stage_seconds.labels(model, stage)
+
+    @contextlib.contextmanager
+    def redis_operation(self, op: str) -> Iterator[None]:
+        """Time one operation on Redis and count it if it fails."""
+        started = time.monotonic()
+        try:
+            yield
+        except Exception as error:
+            self.redis_errors.labels(op, type(error).__name__).inc()
+            raise
+        finally:
+            self.redis_seconds.labels(op).observe(time.monotonic() - started)

@@ -1,0 +1,28 @@
+"""Every knob of the service, and the only reader of the environment."""
+
+from pathlib import Path
+
+from pydantic import Field, PositiveInt
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Each field is the environment variable CANDLECAST_<FIELD>."""
+
+    model_config = SettingsConfigDict(env_prefix="CANDLECAST_", frozen=True)
+
+    host: str = Field("127.0.0.1", description="Address that both ports listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port for callers; 0 picks a free one.")
+    admin_port: int = Field(8001, ge=0, le=65535, description="Port for /metrics; 0 picks a free one.")
+    home: Path = Field(Path("var"), description="Folder for everything the service writes.")
+    store_root: Path = Field(Path("model_store/artifacts"), description="Folder of the model store.")
+    redis_url: str | None = Field(None, description="Redis to use; without it a private one runs under home.")
+    toto: str = Field("toto-demo", description="The model that a request's `toto` means.")
+    kronos: str = Field("kronos-demo", description="The model that a request's `kronos` means.")
+    device: str = Field("cpu", description="Torch device that the models run on.")
+    threads: PositiveInt | None = Field(None, description="Threads of one forecast; default: torch's own choice.")
+    max_queue: PositiveInt = Field(256, description="Requests that may wait for the engine; more answer 503.")
+    max_batch_rows: PositiveInt = Field(32, description="Most requests that are computed at once.")
+    max_body_bytes: PositiveInt = Field(8 * 2**20, description="Largest request body; a larger one answers 413.")
+    request_timeout_ms: PositiveInt = Field(20_000, description="Deadline of a request that names none.")
+    shutdown_seconds: PositiveInt = Field(20, description="Longest wait for open requests after SIGTERM.")

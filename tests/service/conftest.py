@@ -1,0 +1,166 @@
+"""A real service per test: naive versions in a temporary store, a private Redis, the ASGI app over httpx."""
+
+import threading
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from fastapi import FastAPI
+
+from model_store.manifest import Manifest
+from model_store.store import ModelStore
+from models.forecaster import Batch, Forecast, ForecastInput, Raw
+from models.naive import NaiveForecaster
+from service.app import create_app
+from service.settings import Settings
+
+HOUR = 3_600_000
+NOW = 1_750_000_000_000  # 2025-06-15 15:06:40 UTC, a Sunday
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+def now() -> int:
+    return NOW
+
+
+class Faulty(NaiveForecaster):
+    """The naive forecaster with switches: hold every batch, fail the next one, spoil its output."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.open.set()
+        self.entered = threading.Event()
+        self.failure: Exception | None = None
+        self.spoil = False
+        self.batches: list[list[int]] = []
+
+    def bucket(self, item: ForecastInput) -> Hashable:
+        return item.horizon
+
+    def run(self, batch: Batch) -> Raw:
+        self.entered.set()
+        self.open.wait(10)
+        self.batches.append([item.seed for item in batch.inputs])
+        failure, self.failure = self.failure, None
+        if failure:
+            raise failure
+        return {}
+
+    def finish(self, raw: Raw, batch: Batch) -> list[Forecast]:
+        forecasts = super().finish(raw, batch)
+        if self.spoil:
+            forecasts[0].prob_up[0] = np.nan
+        return forecasts
+
+
+@pytest.fixture
+def faulty() -> Iterator[Faulty]:
+    forecaster = Faulty()
+    yield forecaster
+    forecaster.open.set()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ModelStore:
+    return ModelStore(tmp_path / "store")
+
+
+PutNaive = Callable[..., Manifest]
+
+
+@pytest.fixture
+def put_naive(store: ModelStore) -> PutNaive:
+    """Store and promote a weightless version; keywords replace fields of its manifest."""
+
+    def put(model: str = "naive", **fields: Any) -> Manifest:
+        manifest = {
+            "model": model,
+            "family": "naive",
+            "origin": {"kind": "trained", "source": "test"},
+            "limits": {"min_context": 2, "max_context": 4096, "max_horizon": 512},
+            "created_at": "2025-01-01T00:00:00Z",
+            **fields,
+        }
+        complete = store.put(manifest, {"family": manifest["family"]}, {})
+        store.promote(f"{model}@{complete.version}", force="test")
+        return complete
+
+    return put
+
+
+def build_naive(family: str, config: Mapping[str, Any], weights: Mapping[str, Any], device: str) -> NaiveForecaster:
+    return NaiveForecaster()
+
+
+Running = Callable[..., AbstractAsyncContextManager[tuple[httpx.AsyncClient, FastAPI]]]
+
+
+@pytest.fixture
+def running(tmp_path: Path, store: ModelStore, put_naive: PutNaive) -> Running:
+    """Start the app in-process: `async with running(max_queue=1) as (client, app)`."""
+    put_naive()
+    put_naive("toto-demo")
+
+    @asynccontextmanager
+    async def start(
+        *, build: Any = build_naive, now: Callable[[], int] = lambda: NOW, **settings: Any
+    ) -> AsyncIterator[tuple[httpx.AsyncClient, FastAPI]]:
+        chosen = Settings(home=tmp_path / "home", store_root=store.root, **settings)
+        app = create_app(chosen, build=build, now=now)
+        async with app.router.lifespan_context(app):
+            transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                yield client, app
+
+    return start
+
+
+@pytest.fixture
+async def client(running: Running) -> AsyncIterator[httpx.AsyncClient]:
+    async with running() as (client, _):
+        yield client
+
+
+@pytest.fixture
+def faulty_build(faulty: Faulty) -> Any:
+    return lambda family, config, weights, device: faulty
+
+
+Rows = Callable[..., list[list[float]]]
+
+
+@pytest.fixture
+def rows() -> Rows:
+    """ccxt rows: `count` valid hourly candles, the last of which closed before NOW."""
+
+    def make(count: int = 8, *, step: int = HOUR, end: int | None = None) -> list[list[float]]:
+        last = (end if end is not None else NOW) // step * step - step
+        times = [last - step * back for back in range(count)][::-1]
+        closes = 100 + np.sin(np.arange(count)) * 3
+        return [
+            [time, close - 0.5, close + 1.25, close - 1.5, close, 10.0 + place]
+            for place, (time, close) in enumerate(zip(times, closes.tolist(), strict=True))
+        ]
+
+    return make
+
+
+@pytest.fixture
+def forecast_input() -> Callable[..., ForecastInput]:
+    def make(seed: int = 0, horizon: int = 3) -> ForecastInput:
+        times = np.arange(4, dtype=np.int64) * HOUR
+        future = (np.arange(horizon, dtype=np.int64) + 4) * HOUR
+        return ForecastInput(times, np.full((4, 6), 5.0), future, np.concatenate([times, future]), seed=seed)
+
+    return make
+
+

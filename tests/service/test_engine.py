@@ -1,0 +1,201 @@
+"""Late binding, deadlines, cancellation, faults: what the engine does with what waits."""
+
+import asyncio
+import json
+import time
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.anyio
+
+NAIVE = {"model": "naive", "interval": "1h", "horizon": 3}
+
+
+async def until(condition: Any) -> None:
+    """Give other tasks and the engine's thread their turn until something holds."""
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        await asyncio.sleep(0.002)
+
+
+def ask(client: Any, rows: Any, **body: Any) -> asyncio.Task[Any]:
+    return asyncio.create_task(client.post("/forecast/BTC", json=NAIVE | {"candles": rows(8), **body}))
+
+
+async def held(client: Any, app: Any, rows: Any, faulty: Any) -> asyncio.Task[Any]:
+    """A request that the engine is computing and will go on computing until `faulty.open` is set."""
+    faulty.open.clear()
+    faulty.entered.clear()
+    first = ask(client, rows, seed=0)
+    await until(faulty.entered.is_set)
+    return first
+
+
+def waiting(app: Any) -> int:
+    return int(app.state.services.metrics.registry.get_sample_value("candlecast_queue_depth"))
+
+
+async def test_whatever_waits_becomes_one_batch(running: Any, rows: Any, faulty: Any, faulty_build: Any) -> None:
+    async with running(build=faulty_build) as (client, app):
+        first = await held(client, app, rows, faulty)
+        others = [ask(client, rows, seed=seed) for seed in range(1, 13)]
+        await until(lambda: waiting(app) == 12)
+        faulty.open.set()
+        answers = [answer.json() for answer in await asyncio.gather(first, *others)]
+    assert [answer["meta"]["batch_rows"] for answer in answers] == [1] + [12] * 12
+    assert sorted(faulty.batches[1]) == list(range(1, 13))
+
+
+async def test_a_batch_holds_no_more_than_its_rows(running: Any, rows: Any, faulty: Any, faulty_build: Any) -> None:
+    async with running(build=faulty_build, max_batch_rows=4) as (client, app):
+        first = await held(client, app, rows, faulty)
+        others = [ask(client, rows, seed=seed) for seed in range(1, 11)]
+        await until(lambda: waiting(app) == 10)
+        faulty.open.set()
+        await asyncio.gather(first, *others)
+    assert [len(batch) for batch in faulty.batches] == [1, 4, 4, 2]
+
+
+async def test_the_bucket_with_the_oldest_deadline_goes_first(
+    running: Any, rows: Any, faulty: Any, faulty_build: Any
+) -> None:
+    async with running(build=faulty_build) as (client, app):
+        first = await held(client, app, rows, faulty)
+        others = []
+        for seed, (horizon, timeout) in enumerate([(5, 9000), (7, 6000), (5, 9000), (7, 8000)], 1):
+            others.append(ask(client, rows, seed=seed, horizon=horizon, timeout_ms=timeout))
+            await until(lambda seed=seed: waiting(app) == seed)
+        faulty.open.set()
+        await asyncio.gather(first, *others)
+    assert faulty.batches == [[0], [2, 4], [1, 3]]
+
+
+async def test_a_full_queue_answers_503_with_retry_after(
+    running: Any, rows: Any, faulty: Any, faulty_build: Any
+) -> None:
+    async with running(build=faulty_build, max_queue=2) as (client, app):
+        first = await held(client, app, rows, faulty)
+        others = [ask(client, rows, seed=seed) for seed in (1, 2)]
+        await until(lambda: waiting(app) == 2)
+        refused = await ask(client, rows)
+        assert refused.status_code == 503 and refused.json()["code"] == "overloaded"
+        assert int(refused.headers["retry-after"]) >= 1
+        faulty.open.set()
+        assert {answer.status_code for answer in await asyncio.gather(first, *others)} == {200}
+
+
+async def test_a_late_request_answers_504_and_is_never_computed(
+    running: Any, rows: Any, faulty: Any, faulty_build: Any
+) -> None:
+    async with running(build=faulty_build) as (client, app):
+        first = await held(client, app, rows, faulty)
+        late = await ask(client, rows, seed=1, timeout_ms=30)
+        assert late.status_code == 504 and late.json()["code"] == "deadline_exceeded"
+        faulty.open.set()
+        assert (await first).status_code == 200
+        assert (await ask(client, rows, seed=2)).status_code == 200
+    assert faulty.batches == [[0], [2]]
+
+
+async def test_a_cancelled_row_is_dropped_before_the_batch(
+    running: Any, rows: Any, faulty: Any, faulty_build: Any
+) -> None:
+    async with running(build=faulty_build, max_queue=2) as (client, app):
+        first = await held(client, app, rows, faulty)
+        gone, kept = ask(client, rows, seed=1), ask(client, rows, seed=2)
+        await until(lambda: waiting(app) == 2)
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        in_its_place = ask(client, rows, seed=3)
+        await asyncio.sleep(0.05)
+        faulty.open.set()
+        answers = await asyncio.gather(first, kept, in_its_place)
+        assert {answer.status_code for answer in answers} == {200}
+    assert faulty.batches == [[0], [2, 3]]
+
+
+async def test_a_failing_batch_fails_its_requests_and_nothing_else(
+    running: Any, rows: Any, faulty: Any, faulty_build: Any
+) -> None:
+    async with running(build=faulty_build) as (client, _):
+        faulty.failure = RuntimeError("secret of the machine")
+        broken = await ask(client, rows)
+        assert broken.status_code == 500 and broken.json()["code"] == "internal_error"
+        assert "secret" not in broken.text and broken.headers["content-type"] == "application/problem+json"
+        assert (await ask(client, rows)).status_code == 200
+        assert (await client.get("/livez")).status_code == 200
+
+
+async def test_a_forecast_that_is_not_finite_never_leaves(
+    running: Any, rows: Any, faulty: Any, faulty_build: Any
+) -> None:
+    async with running(build=faulty_build) as (client, _):
+        faulty.spoil = True
+        answer = await ask(client, rows)
+    assert answer.status_code == 500 and answer.json()["code"] == "model_output_invalid"
+    assert "NaN" not in answer.text
+
+
+async def test_a_timeout_inside_the_model_is_no_deadline(
+    running: Any, rows: Any, faulty: Any, faulty_build: Any
+) -> None:
+    async with running(build=faulty_build) as (client, _):
+        faulty.failure = TimeoutError()
+        assert (await ask(client, rows)).status_code == 500
+
+
+async def test_whatever_waits_at_shutdown_is_answered_503(
+    running: Any, rows: Any, faulty: Any, faulty_build: Any
+) -> None:
+    async with running(build=faulty_build) as (client, app):
+        first = await held(client, app, rows, faulty)
+        second = ask(client, rows, seed=1)
+        await until(lambda: waiting(app) == 1)
+        stopping = asyncio.create_task(app.state.services.engine.stop())
+        refused = await second
+        assert refused.status_code == 503 and refused.json()["code"] == "not_ready"
+        faulty.open.set()
+        await stopping
+        assert (await first).status_code == 200
+        assert (await ask(client, rows)).status_code == 503
+        assert (await client.get("/readyz")).status_code == 503
+
+
+async def test_a_disconnected_caller_leaves_the_queue(running: Any, rows: Any, faulty: Any, faulty_build: Any) -> None:
+    """Over ASGI itself, where a hang-up is a message."""
+    async with running(build=faulty_build) as (client, app):
+        first = await held(client, app, rows, faulty)
+        hang_up = asyncio.Event()
+        body = json.dumps(NAIVE | {"candles": rows(8), "seed": 1}).encode()
+        messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def receive() -> Any:
+            for message in messages:
+                return message
+            await hang_up.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None: ...
+
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "POST",
+            "path": "/forecast/BTC",
+            "raw_path": b"/forecast/BTC",
+            "query_string": b"",
+            "headers": [(b"content-type", b"application/json")],
+        }
+        call = asyncio.create_task(app(scope, receive, send))
+        await until(lambda: waiting(app) == 1)
+        hang_up.set()
+        await call
+        faulty.open.set()
+        await first
+        metrics = app.state.services.metrics.registry
+        labels = {"model": "naive", "outcome": "cancelled"}
+        assert metrics.get_sample_value("candlecast_forecast_requests_total", labels) == 1
+    assert faulty.batches == [[0]]

@@ -1,0 +1,120 @@
+"""GET /models, the probes, the metrics."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from service.app import create_admin_app
+
+pytestmark = pytest.mark.anyio
+
+NAIVE = {"model": "naive", "interval": "1h", "horizon": 3}
+
+
+async def test_models_say_what_they_are_asked_for_as(client: Any, rows: Any) -> None:
+    await client.post("/forecast/BTC", json=NAIVE | {"candles": rows()})
+    listed = {model["name"]: model for model in (await client.get("/models")).json()["models"]}
+    assert listed.keys() == {"naive", "toto-demo"}
+    assert listed["naive"]["loaded"] and not listed["toto-demo"]["loaded"]
+    assert listed["toto-demo"]["asked_for_as"][:2] == ["toto", "toto-demo"]
+    assert "production" in listed["naive"]["aliases"]
+    assert listed["naive"]["limits"]["max_horizon"] == 512
+
+
+async def test_requests_for_one_version_share_one_load(running: Any, rows: Any, faulty: Any) -> None:
+    loads = []
+
+    def build(*arguments: Any) -> Any:
+        loads.append(arguments[0])
+        return faulty
+
+    async with running(build=build) as (client, _):
+        body = NAIVE | {"candles": rows()}
+        answers = await asyncio.gather(*(client.post("/forecast/BTC", json=body) for _ in range(8)))
+    assert {answer.status_code for answer in answers} == {200} and loads == ["naive"]
+
+
+async def test_a_version_that_does_not_load_is_503_and_tried_again(running: Any, rows: Any, faulty: Any) -> None:
+    failures = [ValueError("weights do not fit")]
+
+    def build(*arguments: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return faulty
+
+    async with running(build=build) as (client, _):
+        body = NAIVE | {"candles": rows()}
+        refused = await client.post("/forecast/BTC", json=body)
+        assert refused.status_code == 503 and refused.json()["code"] == "model_unavailable"
+        assert "weights" not in refused.text
+        assert (await client.post("/forecast/BTC", json=body)).status_code == 200
+
+
+async def test_damaged_weights_are_never_served(running: Any, rows: Any, store: Any, put_naive: Any) -> None:
+    manifest = put_naive("broken")
+    path = Path(store.root) / "broken" / manifest.version / "config.json"
+    path.write_bytes(path.read_bytes() + b" ")
+    async with running() as (client, _):
+        answer = await client.post("/forecast/BTC", json=NAIVE | {"model": "broken", "candles": rows()})
+        assert answer.status_code == 503 and answer.json()["code"] == "model_unavailable"
+
+
+async def test_probes_are_green_while_the_service_runs(client: Any) -> None:
+    for probe in ("livez", "readyz", "startupz"):
+        answer = await client.get(f"/{probe}")
+        assert answer.status_code == 200 and answer.json() == {"status": "ok", "degraded": []}
+
+
+async def scrape(app: Any) -> str:
+    transport = httpx.ASGITransport(create_admin_app(app.state.services))
+    async with httpx.AsyncClient(transport=transport, base_url="http://admin") as admin:
+        answer = await admin.get("/metrics")
+        assert answer.status_code == 200
+        return answer.text
+
+
+async def test_metrics_count_what_happened(running: Any, rows: Any) -> None:
+    async with running() as (client, app):
+        await client.put("/candles/BTC", json={"candles": rows(), "interval": "1h"})
+        await client.post("/forecast/BTC", json=NAIVE)
+        await client.post("/forecast/BTC", json=NAIVE | {"samples": 3})
+        await client.post("/forecast/BTC", json=NAIVE | {"candles": [[1, 2, 3, 4, 5, 6]]})
+        text = await scrape(app)
+    for line in (
+        'candlecast_forecast_requests_total{model="naive",outcome="ok"} 1.0',
+        'candlecast_forecast_requests_total{model="naive",outcome="invalid"} 2.0',
+        'candlecast_forecast_requests_total{model="naive",outcome="timeout"} 0.0',
+        'candlecast_http_requests_total{code="200",method="POST",route="/forecast/{symbol}"} 1.0',
+        'candlecast_http_requests_total{code="422",method="POST",route="/forecast/{symbol}"} 2.0',
+        'candlecast_candles_ingested_total{result="new"} 8.0',
+        'candlecast_candle_rejections_total{reason="invalid_timestamp"} 1.0',
+        'candlecast_batch_size_count{model="naive"} 1.0',
+        'candlecast_forecast_stage_duration_seconds_count{model="naive",stage="total"} 1.0',
+        'candlecast_forecast_stage_duration_seconds_count{model="naive",stage="run"} 1.0',
+        'candlecast_model_ready{model="naive"} 1.0',
+        "candlecast_queue_depth 0.0",
+        'candlecast_redis_command_duration_seconds_count{op="history_read"} 2.0',
+    ):
+        assert line in text, line
+    assert "_created" not in text and "BTC" not in text
+
+
+async def test_strange_paths_and_symbols_add_no_series(running: Any, rows: Any) -> None:
+    async with running() as (client, app):
+        body = NAIVE | {"candles": rows()}
+        await client.post("/forecast/FIRST", json=body)
+        await client.get("/nowhere/first")
+        before = len((await scrape(app)).splitlines())
+        for number in range(20):
+            await client.post(f"/forecast/S{number}", json=body)
+            await client.get(f"/nowhere/{number}")
+        assert len((await scrape(app)).splitlines()) == before
+
+
+async def test_the_documentation_describes_the_body_and_the_answer(client: Any) -> None:
+    described = (await client.get("/openapi.json")).json()["components"]["schemas"]
+    assert described["ForecastRequest"]["properties"].keys() >= {"model", "candles", "horizon", "seed", "as_of"}
+    assert described["ForecastAnswer"]["properties"].keys() >= {"forecast", "quantiles", "returns", "skill", "meta"}

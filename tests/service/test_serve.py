@@ -1,0 +1,79 @@
+"""The process: two ports, ready before it says so, gone after SIGTERM."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from service.main import ServeError, serve
+from service.settings import Settings
+
+PROGRAM = """
+import json, sys
+from service.main import serve
+from service.settings import Settings
+serve(Settings(), lambda at: print(json.dumps({"url": at.url, "admin": at.admin_url}), flush=True))
+"""
+
+
+@pytest.fixture
+def process(tmp_path: Path, store: Any, put_naive: Any) -> Iterator[Any]:
+    put_naive()
+    environment = os.environ | {
+        "CANDLECAST_HOME": str(tmp_path / "home"),
+        "CANDLECAST_STORE_ROOT": str(store.root),
+        "CANDLECAST_PORT": "0",
+        "CANDLECAST_ADMIN_PORT": "0",
+    }
+    with subprocess.Popen([sys.executable, "-c", PROGRAM], env=environment, stdout=subprocess.PIPE, text=True) as child:
+        yield child
+        child.kill()
+
+
+def listening(process: Any) -> dict[str, str]:
+    line = process.stdout.readline()
+    assert line, "the service ended before it was ready"
+    return dict(json.loads(line))
+
+
+def test_both_ports_answer_as_soon_as_it_says_so(process: Any, rows: Any, tmp_path: Path) -> None:
+    at = listening(process)
+    body = {"model": "naive", "interval": "1h", "candles": rows(), "horizon": 2}
+    assert httpx.get(f"{at['url']}/readyz").status_code == 200
+    assert httpx.post(f"{at['url']}/forecast/BTC%2FUSDT", json=body).json()["symbol"] == "BTC-USDT"
+    assert "candlecast_http_requests_total" in httpx.get(f"{at['admin']}/metrics", follow_redirects=True).text
+    assert httpx.get(f"{at['url']}/metrics").status_code == 404
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+    assert not (tmp_path / "home" / "redis" / "redis.sock").exists()
+
+
+def test_an_open_request_is_finished_after_sigterm(process: Any, rows: Any) -> None:
+    at = listening(process)
+    host, port = at["url"].removeprefix("http://").split(":")
+    body = json.dumps({"model": "naive", "interval": "1h", "candles": rows(), "horizon": 2}).encode()
+    head = f"POST /forecast/BTC HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection((host, int(port))) as caller:
+        caller.sendall(head.encode() + body[:-10])
+        httpx.get(f"{at['url']}/livez")
+        process.send_signal(signal.SIGTERM)
+        threading.Event().wait(0.5)
+        caller.sendall(body[-10:])
+        assert caller.recv(65536).startswith(b"HTTP/1.1 200")
+    assert process.wait(20) == 0
+
+
+def test_a_taken_port_says_which_variable_to_set(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        settings = Settings(home=tmp_path, port=taken.getsockname()[1], admin_port=0)
+        with pytest.raises(ServeError, match="CANDLECAST_PORT"):
+            serve(settings, lambda at: None)

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +48,7 @@ class Verbs(click.Group):
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.version_option(package_name="candlecast")
-def main(debug: bool) -> None:  # noqa: ARG001 - read from the context by Verbs
+def main(debug: bool) -> None:
     """Forecasts candles with Toto and Kronos, and keeps score of every forecast it serves."""
 
 
@@ -104,7 +103,9 @@ def _load_history(folder: Path, url: str) -> None:
     for item in load(folder)[0]:
         columns = {name: item.candles[:, index].tolist() for index, name in enumerate(COLUMNS[: VOLUME + 1])}
         body = {"interval": item.interval, "candles": {"timestamp": item.timestamps.tolist(), **columns}}
-        connection.request("PUT", f"/candles/{quote(item.symbol)}", json.dumps(body), {"Content-Type": "application/json"})
+        connection.request(
+            "PUT", f"/candles/{quote(item.symbol)}", json.dumps(body), {"Content-Type": "application/json"}
+        )
         answer = connection.getresponse()
         text = answer.read().decode()
         if answer.status >= 400:
@@ -116,7 +117,7 @@ def _load_history(folder: Path, url: str) -> None:
 @click.argument("folder", default=Path("data/samples"), type=click.Path(file_okay=False, path_type=Path))
 @JsonFlag
 def sample_data(folder: Path, as_json: bool) -> None:
-    """Write real daily candles, one CSV per symbol: AAPL, FB, GOOG, IBM, MSFT, ^GSPC and ^IXIC."""
+    """Write real daily candles, one CSV per symbol: AAPL, FB, GOOG, GSPC, IBM, IXIC and MSFT."""
     from training.sample_data import write_samples
 
     paths = [str(path) for path in write_samples(folder)]
@@ -151,7 +152,9 @@ def train(recipe_path: Path, if_missing: bool, store_root: Path, as_json: bool) 
 @click.option("--part", type=click.Choice(["val", "test", "unseen"]), default="test", show_default=True)
 @click.option("--horizon", type=click.IntRange(1), help="Steps; default: the shortest horizon among the models'.")
 @click.option("--stride", type=click.IntRange(1), default=16, show_default=True, help="Candles between origins.")
-@click.option("--samples", type=click.IntRange(1), default=64, show_default=True, help="Paths, where a model draws them.")
+@click.option(
+    "--samples", type=click.IntRange(1), default=64, show_default=True, help="Paths, where a model draws them."
+)
 @click.option("--val-from", default="2009-01-01", show_default=True, help="Training ends here.")
 @click.option("--test-from", default="2010-06-01", show_default=True, help="The test's targets begin here.")
 @click.option("--unseen", default="IBM", show_default=True, help="Comma-separated symbols held out of training.")
@@ -312,8 +315,6 @@ def _print_version(manifest: "Manifest", as_json: bool, notes: list[str]) -> Non
     for note in notes:
         click.echo(f"  {note}")
 
-
-Verb = Callable[..., None]
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,7 +5,6 @@ timestamps (the candle's open, UTC milliseconds since 1970).
 """
 
 import re
-from collections.abc import Mapping
 from typing import Final
 
 import numpy as np
@@ -23,7 +22,7 @@ EARLIEST_MS: Final = 315_532_800_000  # 1980: seconds taken for milliseconds lan
 LATEST_MS: Final = 4_102_444_800_000  # 2100: microseconds taken for milliseconds land after it
 
 DAY_MS: Final = 86_400_000
-_UNIT_MS: Final[Mapping[str, int]] = {
+_UNIT_MS: Final[dict[str, int]] = {
     "m": 60_000,
     "h": 3_600_000,
     "d": DAY_MS,

@@ -31,7 +31,8 @@ def swiglu(gate: Tensor, value: Tensor) -> Tensor:
 def rotary_angles(positions: Tensor, head_width: int, theta: float = 10_000.0) -> Tensor:
     """Angles `[..., D/2]` of rotary position embeddings (Su et al. 2021, arXiv 2104.09864)."""
     exponents = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32) / head_width
-    return positions.unsqueeze(-1).float() * torch.pow(theta, -exponents)
+    frequencies: Tensor = torch.pow(theta, -exponents)
+    return positions.unsqueeze(-1).float() * frequencies
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

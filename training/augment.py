@@ -33,11 +33,6 @@ def scale_moves(candles: Floats, factors: Floats) -> Floats:
     return out
 
 
-def volatility_paths(shape: tuple[int, int], step: float, rng: np.random.Generator) -> Floats:
-    """`[B, L]` factors whose logarithm is a random walk of `step` per bar: regimes that come and go."""
-    return np.exp(np.cumsum(rng.normal(0.0, step, shape), axis=1))
-
-
 def aggregate(candles: Floats, bars: int) -> Floats:
     """`[B, L * bars, 6]` candles merged into `[B, L, 6]`."""
     grouped = candles.reshape(candles.shape[0], -1, bars, candles.shape[2])

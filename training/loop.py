@@ -63,7 +63,7 @@ def fit(objective: Objective, phase: Phase, report: Report) -> Run:
         loss = objective.loss(phase.batch_rows)
         if not math.isfinite(value := loss.item()):
             raise Diverged(f"the loss is {value} at step {step}: lower the learning rate or the clipping norm")
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(parameters, phase.clip)
         optimiser.step()
         objective.after_step()

@@ -17,7 +17,8 @@ from models.kronos.tokenizer import KronosTokenizer
 from models.toto.mixture import log_density
 from models.toto.network import TotoNetwork
 from models.toto.transform import Transform
-from training.augment import aggregate, mirror, scale_moves, volatility_paths
+from training.augment import aggregate, mirror, scale_moves
+from training.initial import frozen_location
 from training.windows import WindowSampler
 
 
@@ -36,7 +37,6 @@ class TotoLikelihood:
     steps_drawn: int = 16
     close_weight: float = 2.0
     volume_weight: float = 0.2
-    volatility_step: float = 0.0  # of a random walk in the logarithm of volatility, per bar
 
     def __post_init__(self) -> None:
         self._frozen = [(p, p.detach().clone(), mask) for p, mask in frozen_location(self.network)]
@@ -48,8 +48,6 @@ class TotoLikelihood:
         bars = int(self.rng.choice(list(self.samplers)))
         candles = aggregate(self.samplers[bars].draw(rows, self.rng).candles, bars)
         candles = mirror(candles, self.rng.random(rows) < 0.5)
-        if self.volatility_step:
-            candles = scale_moves(candles, volatility_paths(candles.shape[:2], self.volatility_step, self.rng))
         encoded = self.transform.encode(candles, self.context)
         values = torch.from_numpy(encoded.astype(np.float32)).transpose(1, 2)  # [B, V, T + S]
         return self._loss(values)
@@ -74,61 +72,6 @@ class TotoLikelihood:
         with torch.no_grad():
             for parameter, start, mask in self._frozen:
                 parameter.copy_(torch.where(mask, start, parameter))
-
-
-def start_at_random_walk(network: TotoNetwork, first_scale: float = 0.1) -> None:
-    """Initialise so that the forecast is a driftless walk whose spread grows with the root of the step.
-
-    Width 0 of the residual stream carries the last value of the patch and is all the location sees; width 1 of
-    the unembedding carries the scale; residual branches start at zero. `first_scale` is the one-step spread in
-    the units of the scaler.
-    """
-    config = network.config
-    patch = config.patch_size
-    with torch.no_grad():
-        for layer in network.transformer.layers:
-            for output in (layer.attention.wO, layer.mlp["2"]):
-                output.weight.zero_()
-                output.bias.zero_()
-        embedding, head = network.patch_embed.projection, network.output_distribution
-        embedding.weight[0].zero_()
-        embedding.weight[0, -1] = 1
-        embedding.bias[0] = 0
-        unembed, bias = network.unembed.weight.view(patch, config.embed_dim, -1), network.unembed.bias.view(patch, -1)
-        unembed[:, 0].zero_()
-        unembed[:, 0, 0] = 1
-        bias[:, 0] = 0
-        head.loc_proj.weight.zero_()
-        head.loc_proj.weight[:, 0] = 1
-        head.loc_proj.bias.zero_()
-        spread = first_scale * torch.arange(1, patch + 1).sqrt()
-        unembed[:, 1].mul_(0.1)
-        bias[:, 1] = torch.expm1(spread).log()  # softplus^-1
-        head.scale_proj.weight.mul_(0.5)
-        head.scale_proj.weight[:, 1] = 1
-        head.scale_proj.weight[:, 0] = 0
-        head.scale_proj.bias.copy_(torch.linspace(-0.5, 0.5, config.components))
-        head.df.bias.fill_(2.0)
-
-
-def frozen_location(network: TotoNetwork) -> list[tuple[nn.Parameter, Tensor]]:
-    """Parameters and masks of the path that carries the last value to the location: it stays as initialised."""
-    config = network.config
-    parts: list[tuple[nn.Parameter, tuple[int | slice, ...]]] = []
-    for layer in network.transformer.layers:
-        for output in (layer.attention.wO, layer.mlp["2"]):
-            parts += [(output.weight, (0,)), (output.bias, (0,))]
-    embedding, head = network.patch_embed.projection, network.output_distribution
-    parts += [(embedding.weight, (0,)), (embedding.bias, (0,))]
-    parts += [(head.loc_proj.weight, (slice(None),)), (head.loc_proj.bias, (slice(None),))]
-    rows = slice(0, None, config.embed_dim)  # row 0 of every step
-    parts += [(network.unembed.weight, (rows,)), (network.unembed.bias, (rows,))]
-    masks = []
-    for parameter, index in parts:
-        mask = torch.zeros_like(parameter, dtype=torch.bool)
-        mask[index] = True
-        masks.append((parameter, mask))
-    return masks
 
 
 @dataclass
@@ -220,26 +163,3 @@ class NextToken:
         return mean
 
     def after_step(self) -> None: ...
-
-
-def start_with_bits(predictor: KronosPredictor, scale: float = 0.5) -> None:
-    """Start embeddings and heads from the tokens' own bits: codes that share bits are close from step 0 on."""
-    from models.kronos.quantizer import unpack_bits
-
-    config = predictor.config
-    with torch.no_grad():
-        for table, head, bits in (
-            (predictor.embedding.emb_s1, predictor.head.proj_s1, config.s1_bits),
-            (predictor.embedding.emb_s2, predictor.head.proj_s2, config.s2_bits),
-        ):
-            codes = unpack_bits(torch.arange(2**bits), bits) * scale
-            table.weight[:, :bits] = codes
-            head.weight[:, :bits] = codes
-
-
-def damp_residuals(blocks: nn.ModuleList, factor: float) -> None:
-    """Scale what every block adds to its input."""
-    with torch.no_grad():
-        for block in blocks:
-            block.self_attn.out_proj.weight.mul_(factor)
-            block.ffn.w2.weight.mul_(factor)

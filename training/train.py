@@ -23,15 +23,9 @@ from models.toto.transform import transform_of
 from training import candle_files
 from training.candle_files import Series
 from training.evaluate import Scores, baselines, evaluate, summary
+from training.initial import damp_residuals, start_at_random_walk, start_with_bits
 from training.loop import Report, Run, fit
-from training.objectives import (
-    NextToken,
-    TokenizerReconstruction,
-    TotoLikelihood,
-    damp_residuals,
-    start_at_random_walk,
-    start_with_bits,
-)
+from training.objectives import NextToken, TokenizerReconstruction, TotoLikelihood
 from training.recipe import Recipe
 from training.windows import Part, Split, WindowSampler, rolling_origins, split_from_recipe
 
@@ -93,7 +87,6 @@ def _fit_toto(prepared: Prepared, reporter: Callable[[str], Report]) -> Trained:
         transform=transform_of(recipe.network.get("log_scales")),
         context=recipe.context,
         rng=np.random.default_rng(recipe.seed),
-        volatility_step=recipe.objective.get("volatility_step", 0.0),
     )
     run = fit(objective, recipe.phases["network"], reporter("network"))
     return Trained(_tensors(network), {"network": run})

@@ -30,7 +30,9 @@ def test_paths_have_the_same_bits_alone_and_in_a_batch(kronos, make_request):
     alone = forecast(kronos, [item])[0]
     for rows in (1, 3, 7, 15):
         settings = [{"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.5}, {}]
-        others = [make_request(64 - i, 9 + i % 4, seed=50 + i, samples=5 + i % 4, **settings[i % 4]) for i in range(rows)]
+        others = [
+            make_request(64 - i, 9 + i % 4, seed=50 + i, samples=5 + i % 4, **settings[i % 4]) for i in range(rows)
+        ]
         place = rows // 2
         together = forecast(kronos, [*others[:place], item, *others[place:]])[place]
         assert together.paths.tobytes() == alone.paths.tobytes()
@@ -84,9 +86,7 @@ def test_normalisation_sees_the_context_alone(make_walk):
     candles = make_walk(94, seed=4)
     changed = candles.copy()
     changed[64:] *= 5
-    np.testing.assert_array_equal(
-        normalise(changed, changed[:64])[:64], normalise(candles, candles[:64])[:64]
-    )
+    np.testing.assert_array_equal(normalise(changed, changed[:64])[:64], normalise(candles, candles[:64])[:64])
 
 
 def test_step_returns_are_relative_to_the_candle_before(kronos, make_request):

@@ -36,14 +36,18 @@ def reference_forecast(networks, item, **settings):
     columns = ["open", "high", "low", "close", "volume", "amount"]
     index = pd.Series(pd.to_datetime(item.local_times, unit="ms"))
     context = len(item.candles)
-    return KronosPredictor(networks[1], networks[0], device="cpu", max_context=512).predict(
-        pd.DataFrame(item.candles, columns=columns),
-        index[:context],
-        index[context:].reset_index(drop=True),
-        item.horizon,
-        verbose=False,
-        **settings,
-    )[columns].to_numpy()
+    return (
+        KronosPredictor(networks[1], networks[0], device="cpu", max_context=512)
+        .predict(
+            pd.DataFrame(item.candles, columns=columns),
+            index[:context],
+            index[context:].reset_index(drop=True),
+            item.horizon,
+            verbose=False,
+            **settings,
+        )[columns]
+        .to_numpy()
+    )
 
 
 @torch.inference_mode()

@@ -36,7 +36,9 @@ def test_top_k_keeps_the_k_likeliest():
 
 
 def test_top_p_keeps_the_smallest_set_that_exceeds_it():
-    np.testing.assert_allclose(shares(draw(LOGITS, GRID, top_p=0.75)), [0, 0.4 / 0.85, 0, 0.3 / 0.85, 0.15 / 0.85], atol=1e-3)
+    np.testing.assert_allclose(
+        shares(draw(LOGITS, GRID, top_p=0.75)), [0, 0.4 / 0.85, 0, 0.3 / 0.85, 0.15 / 0.85], atol=1e-3
+    )
 
 
 def test_top_k_and_top_p_compose():

@@ -1,0 +1,77 @@
+"""Score stored versions side by side on identical origins."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from model_store.store import ModelStore
+from models.families import build_forecaster
+from models.forecaster import Forecaster, Sampling
+from training import candle_files
+from training.evaluate import side_by_side, summary
+from training.report import Entry
+from training.windows import Part, rolling_origins, split_from_recipe
+
+DEFAULT_LOOKBACK = 64  # Kronos' context where the version names none
+
+
+def load_forecaster(store: ModelStore, reference: str) -> tuple[str, Forecaster, int, Sampling]:
+    """The name@version, forecaster, usual lookback and sampling defaults of a stored version."""
+    version = store.load(reference)
+    manifest = version.manifest
+    forecaster = build_forecaster(manifest.family, version.config, version.weights)
+    usual = DEFAULT_LOOKBACK if manifest.family == "kronos" else manifest.limits.max_context
+    settings = {key: value for key, value in manifest.serving.items() if key in Sampling.__dataclass_fields__}
+    return (
+        f"{manifest.model}@{manifest.version}",
+        forecaster,
+        int(manifest.serving.get("lookback", usual)),
+        Sampling(**settings),
+    )
+
+
+def compare(
+    store: ModelStore,
+    references: Sequence[str],
+    folder: Path,
+    *,
+    part: Part,
+    stride: int,
+    samples: int,
+    val_from: str,
+    test_from: str,
+    unseen: str,
+    horizon: int | None = None,
+) -> list[Entry]:
+    """Evaluations of every reference over one folder's candles, all from the same origins.
+
+    The dates and `unseen` must be those of the models' training for `test` and `unseen` to mean what they say;
+    ValueError if a version was trained on later candles or on an unseen symbol.
+    """
+    from datetime import date
+
+    loaded = [load_forecaster(store, reference) for reference in references]
+    series, _ = candle_files.load(folder)
+    steps = horizon or min(min(f.limits.max_horizon for _, f, _, _ in loaded), 64)
+    held_out = [symbol for symbol in unseen.split(",") if symbol]
+    table = {"val_from": date.fromisoformat(val_from), "test_from": date.fromisoformat(test_from), "unseen": held_out}
+    for reference in references:
+        _refuse_leak(store, reference, val_from, held_out)
+    split = split_from_recipe(table, series, steps)
+    context = max(lookback for _, _, lookback, _ in loaded)
+    origins = rolling_origins(series, split, part, stride=stride, min_context=context)
+    entrants = {
+        name: (forecaster, lookback, Sampling(**{**sampling.__dict__, "samples": samples}))
+        for name, forecaster, lookback, sampling in loaded
+    }
+    return [(name, summary(scores)) for name, scores in side_by_side(entrants, series, origins).items()]
+
+
+def _refuse_leak(store: ModelStore, reference: str, val_from: str, unseen: Sequence[str]) -> None:
+    training = store.manifest(reference).training
+    if training is None:
+        return  # an imported checkpoint does not say what it has seen
+    if training.end >= val_from:
+        raise ValueError(f"{reference} was trained on candles up to {training.end}: give a later --val-from")
+    seen = set(training.symbols) & set(unseen)
+    if seen:
+        raise ValueError(f"{reference} was trained on {', '.join(sorted(seen))}: that is not unseen")

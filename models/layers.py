@@ -32,12 +32,14 @@ def rotary_angles(positions: Tensor, head_width: int, theta: float = 10_000.0) -
     """Angles `[..., D/2]` of rotary position embeddings (Su et al. 2021, arXiv 2104.09864)."""
     exponents = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32) / head_width
     frequencies: Tensor = torch.pow(theta, -exponents)
-    return positions.unsqueeze(-1).float() * frequencies
+    angles: Tensor = positions.unsqueeze(-1).float() * frequencies
+    return angles
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """`[..., T, D]` to `[..., N, T, D / N]`."""
-    return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
+    parts: Tensor = x.unflatten(-1, (heads, -1)).transpose(-3, -2)
+    return parts
 
 
 def merge_heads(x: Tensor) -> Tensor:

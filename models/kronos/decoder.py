@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from models.kronos.network import DEPENDENCY_HEADS, Block, KronosPredictor, Rotary
 from models.kronos.quantizer import pack_bits
-from models.kronos.sampling import sample
+from models.kronos.sampling import Filters, sample
 from models.kronos.tokenizer import KronosTokenizer, code_of
 from models.layers import merge_heads, split_heads, swiglu
 
@@ -40,11 +40,10 @@ class Entries(NamedTuple):
 
 
 class Controls(NamedTuple):
-    """Sampling settings per symbol, `[B]` each."""
+    """Sampling settings per symbol."""
 
-    temperature: Tensor
-    top_k: Tensor
-    top_p: Tensor
+    temperature: Tensor  # [B]
+    filters: Filters | None
 
 
 def branched_attention(

@@ -22,6 +22,7 @@ from models.forecaster import (
 )
 from models.kronos.decoder import Controls, Entries, KronosDecoder
 from models.kronos.network import KronosPredictor, PredictorConfig
+from models.kronos.sampling import Filters
 from models.kronos.tokenizer import KronosTokenizer, TokenizerConfig
 from models.layers import load_strictly
 from models.quantiles import parse_aggregate, path_quantiles, unreachable_levels
@@ -103,7 +104,9 @@ class KronosForecaster:
         tokens = self.decoder.tokenize(tensors["candles"], pad)
         prefix = self.decoder.prefill(*tokens, tensors["stamps"][:, :context], pad)
         cache = self.decoder.empty_cache(rows, paths, slots)
-        controls = Controls(tensors["temperature"], tensors["top_k"], tensors["top_p"])
+        filtered = any(item.sampling.top_k > 0 or item.sampling.top_p < 1 for item in batch.inputs)
+        filters = Filters(tensors["top_k"], tensors["top_p"]) if filtered else None
+        controls = Controls(tensors["temperature"], filters)
         hidden = prefix.hidden.unsqueeze(1).expand(-1, paths, -1)
         drawn = torch.zeros(2, rows, paths, slots, dtype=torch.int64, device=pad.device)
         for index in range(max(item.horizon for item in batch.inputs)):

@@ -4,14 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from models.kronos.sampling import sample
+from models.kronos.sampling import Filters, sample
 
 
 def draw(logits, uniforms, *, temperature=1.0, top_k=0, top_p=1.0):
     """Tokens of one row of logits at many uniforms."""
     logits = torch.tensor(logits, dtype=torch.float32).expand(1, len(uniforms), -1)
-    controls = (torch.tensor([temperature]), torch.tensor([top_k]), torch.tensor([top_p]))
-    return sample(logits, torch.tensor(uniforms, dtype=torch.float32)[None], *controls)[0].numpy()
+    filters = Filters(torch.tensor([top_k]), torch.tensor([top_p]))
+    return sample(logits, torch.tensor(uniforms, dtype=torch.float32)[None], torch.tensor([temperature]), filters)[
+        0
+    ].numpy()
 
 
 GRID = (np.arange(20_000) + 0.5) / 20_000
@@ -24,6 +26,14 @@ def shares(tokens):
 
 def test_unfiltered_shares_are_the_softmax():
     np.testing.assert_allclose(shares(draw(LOGITS, GRID)), [0.1, 0.4, 0.05, 0.3, 0.15], atol=1e-3)
+
+
+def test_filters_that_are_off_give_the_bits_of_no_filters():
+    generator = torch.Generator().manual_seed(4)
+    logits, uniforms = torch.randn(8, 64, 256, generator=generator), torch.rand(8, 64, generator=generator)
+    off = Filters(torch.zeros(8, dtype=torch.int64), torch.ones(8))
+    temperature = torch.ones(8)
+    assert torch.equal(sample(logits, uniforms, temperature, off), sample(logits, uniforms, temperature, None))
 
 
 def test_temperature_sharpens():

@@ -162,5 +162,3 @@ def forecast_input() -> Callable[..., ForecastInput]:
         return ForecastInput(times, np.full((4, 6), 5.0), future, np.concatenate([times, future]), seed=seed)
 
     return make
-
-

@@ -112,7 +112,10 @@ async def test_a_pair_may_be_written_with_its_slash(client: Any, rows: Any) -> N
 async def test_returns_are_logarithmic(client: Any, rows: Any) -> None:
     answer = await forecast(client, candles=rows())
     assert answer["returns"]["cumulative"]["point"] == [0.0] * 3
-    assert answer["returns"]["step"] == {"point": [0.0] * 3, "quantiles": {"0.1": [0.0] * 3, "0.5": [0.0] * 3, "0.9": [0.0] * 3}}
+    assert answer["returns"]["step"] == {
+        "point": [0.0] * 3,
+        "quantiles": {"0.1": [0.0] * 3, "0.5": [0.0] * 3, "0.9": [0.0] * 3},
+    }
     assert answer["returns"]["prob_up"] == [0.5] * 3
 
 

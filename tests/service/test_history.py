@@ -103,7 +103,10 @@ async def test_symbols_are_listed_with_their_first_and_last_candle(history: Hist
     await history.put("BTC", "1h", timestamps[:3], candles[:3], DAILY)
     await history.put("AAPL", "1d", timestamps[:1] // 24 * 24, candles[:1], StoredCalendar("XNYS", inferred=False))
     listed = await history.symbols()
-    assert [(one.symbol, one.interval, one.calendar) for one in listed] == [("AAPL", "1d", "XNYS"), ("BTC", "1h", "24/7")]
+    assert [(one.symbol, one.interval, one.calendar) for one in listed] == [
+        ("AAPL", "1d", "XNYS"),
+        ("BTC", "1h", "24/7"),
+    ]
     assert (listed[1].first, listed[1].last) == (timestamps[0], timestamps[-1])
     assert await history.calendars("AAPL") == {"1d": StoredCalendar("XNYS", inferred=False)}
 

@@ -50,7 +50,7 @@ def test_both_ports_answer_as_soon_as_it_says_so(process: Any, rows: Any, tmp_pa
     body = {"model": "naive", "interval": "1h", "candles": rows(), "horizon": 2}
     assert httpx.get(f"{at['url']}/readyz").status_code == 200
     assert httpx.post(f"{at['url']}/forecast/BTC%2FUSDT", json=body).json()["symbol"] == "BTC-USDT"
-    assert "candlecast_http_requests_total" in httpx.get(f"{at['admin']}/metrics", follow_redirects=True).text
+    assert "candlecast_http_requests_total" in httpx.get(f"{at['admin']}/metrics").text
     assert httpx.get(f"{at['url']}/metrics").status_code == 404
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0

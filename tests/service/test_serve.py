@@ -61,7 +61,8 @@ def test_an_open_request_is_finished_after_sigterm(process: Any, rows: Any) -> N
     at = listening(process)
     host, port = at["url"].removeprefix("http://").split(":")
     body = json.dumps({"model": "naive", "interval": "1h", "candles": rows(), "horizon": 2}).encode()
-    head = f"POST /forecast/BTC HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    kind, length = "Content-Type: application/json", f"Content-Length: {len(body)}"
+    head = "\r\n".join(["POST /forecast/BTC HTTP/1.1", "Host: x", kind, length, "", ""])
     with socket.create_connection((host, int(port))) as caller:
         caller.sendall(head.encode() + body[:-10])
         httpx.get(f"{at['url']}/livez")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -115,12 +116,16 @@ class Manifest(_Strict):
 
     def digest(self) -> str:
         """The version this manifest must carry."""
-        content = self.model_dump(mode="json", exclude={"version"})
-        return hashlib.sha256(canonical_json(content)).hexdigest()[:12]
+        return version_of(self.model_dump(mode="json"))
 
     def evaluation(self, windows: str) -> Evaluation | None:
         """The evaluation on `windows`, if there is one."""
         return next((e for e in self.evaluations if e.windows == windows), None)
+
+
+def version_of(content: Mapping[str, Any]) -> str:
+    """The version of a manifest as it was stored: fields that later releases add do not change it."""
+    return hashlib.sha256(canonical_json({k: v for k, v in content.items() if k != "version"})).hexdigest()[:12]
 
 
 def canonical_json(content: Any) -> bytes:

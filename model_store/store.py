@@ -7,7 +7,9 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,16 +18,19 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from model_store.manifest import CONFIG, MANIFEST, WEIGHTS, FileEntry, Manifest, canonical_json
+from model_store.manifest import CONFIG, MANIFEST, WEIGHTS, FileEntry, Manifest, canonical_json, version_of
 
 CANDIDATE, PRODUCTION, PREVIOUS = "candidate", "production", "previous"
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _VERSION: Final = re.compile(r"[0-9a-f]{12}")
 _MAX_JSON_BYTES: Final = 16 * 2**20
+_GATE: Final = "skill_vs_naive"
+_ALIASES: Final = TypeAdapter(dict[str, str])
 
 
 class StoreError(Exception):
@@ -68,20 +73,23 @@ class ModelStore:
         return sorted(p.name for p in self.root.iterdir() if _NAME.fullmatch(p.name) and self.versions(p.name))
 
     def versions(self, model: str) -> list[str]:
-        """Versions of `model`, oldest first."""
+        """Versions of `model`, oldest first; those with a broken manifest, which no reader loads, before all."""
         home = self._home(model)
         if not home.is_dir():
             return []
         found = [p.name for p in home.iterdir() if _VERSION.fullmatch(p.name) and (p / MANIFEST).is_file()]
-        return sorted(found, key=lambda version: (self._read_manifest(model, version).created_at, version))
+        return sorted(found, key=lambda version: (self._created_at(model, version), version))
 
     def aliases(self, model: str) -> dict[str, str]:
         """Alias to version."""
         path = self._home(model) / "aliases.json"
-        try:
-            return {str(k): str(v) for k, v in json.loads(path.read_bytes()).items()}
-        except FileNotFoundError:
+        if not path.is_file():
             return {}
+        try:
+            with _open_regular(path) as file:
+                return _ALIASES.validate_json(file.read(_MAX_JSON_BYTES))
+        except ValidationError as error:
+            raise VerificationFailed(f"{model}: {path.name} is not a table of aliases") from error
 
     def resolve(self, reference: str) -> tuple[str, str]:
         """`name` (its production version), `name@version` or `name@alias` as (model, version)."""
@@ -111,6 +119,12 @@ class ModelStore:
         weights = load_tensors(bytes(files[WEIGHTS])) if WEIGHTS in files else {}
         return LoadedVersion(manifest, config, weights)
 
+    def find(self, model: str, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> Manifest | None:
+        """The newest version of `model` with this very config and these very tensors."""
+        wanted = _entries(_serialise(config, weights))
+        manifests = (self._read_manifest(model, version) for version in reversed(self.versions(model)))
+        return next((manifest for manifest in manifests if manifest.files == wanted), None)
+
     # -- writing ---------------------------------------------------------------------------------
 
     def put(
@@ -120,23 +134,21 @@ class ModelStore:
 
         `manifest` holds the fields of Manifest but `version` and `files`. An equal version is kept as it is.
         """
-        contents = {CONFIG: canonical_json(config)}
-        if weights:
-            contents[WEIGHTS] = save_tensors({k: v.contiguous() for k, v in weights.items()})
-        entries = {
-            name: FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in contents.items()
-        }
-        draft = Manifest.model_validate({**manifest, "files": entries})
+        contents = _serialise(config, weights)
+        draft = Manifest.model_validate({**manifest, "files": _entries(contents)})
         complete = draft.model_copy(update={"version": draft.digest()})
         target = self._home(complete.model) / complete.version
-        if not target.exists():
-            contents[MANIFEST] = canonical_json(complete.model_dump(mode="json"))
-            self._write_directory(target, contents)
+        if target.exists():
+            return self.verify(f"{complete.model}@{complete.version}")
+        contents[MANIFEST] = canonical_json(complete.model_dump(mode="json"))
+        self._write_directory(target, contents)
         return complete
 
     def set_alias(self, model: str, alias: str, version: str) -> None:
-        """Point `alias` at `version` atomically."""
-        self.resolve(f"{model}@{version}")
+        """Point `alias` at `version` (or at what another alias points at now) atomically."""
+        if not _NAME.fullmatch(alias) or _VERSION.fullmatch(alias):
+            raise StoreError(f"{alias!r} cannot be an alias: use lower-case letters, digits, dots and dashes")
+        _, version = self.resolve(f"{model}@{version}")
         with self._locked(model):
             self._write_aliases(model, {**self.aliases(model), alias: version})
 
@@ -146,18 +158,19 @@ class ModelStore:
         The gate verifies every hash and refuses a version without an evaluation, or with a worse one on the
         same windows, where the current version has one. `force` is the reason for overriding the latter.
         """
+        if force is not None and not force.strip():
+            raise PromotionRefused("an override needs a reason: --force REASON")
         model, version = self._promotable(reference)
         manifest = self.verify(f"{model}@{version}")
-        current = self.aliases(model).get(PRODUCTION)
-        if current and current != version and force is None:
-            _refuse_worse(manifest, self.manifest(f"{model}@{current}"))
-        if current != version:
-            with self._locked(model):
-                aliases = self.aliases(model) | {PRODUCTION: version}
-                if current:
-                    aliases[PREVIOUS] = current
-                self._write_aliases(model, aliases)
-        self._record(model, "promote", version=version, previous=current, force=force)
+        with self._locked(model):
+            aliases = self.aliases(model)
+            current = aliases.get(PRODUCTION)
+            if current and current != version:
+                if force is None:
+                    _refuse_worse(manifest, self.manifest(f"{model}@{current}"))
+                aliases[PREVIOUS] = current
+            self._write_aliases(model, aliases | {PRODUCTION: version})
+            self._record(model, "promote", version=version, previous=current, force=force)
         return manifest
 
     # -- private ---------------------------------------------------------------------------------
@@ -176,14 +189,24 @@ class ModelStore:
             raise VersionNotFound(f"{model!r} is not a model name")
         return self.root / model
 
-    def _read_manifest(self, model: str, version: str) -> Manifest:
-        with _open_regular(self._home(model) / version / MANIFEST) as file:
-            data = file.read(_MAX_JSON_BYTES + 1)
+    def _created_at(self, model: str, version: str) -> str:
         try:
-            manifest = Manifest.model_validate_json(data)
-        except ValidationError as error:
+            return self._read_manifest(model, version).created_at
+        except VerificationFailed:
+            return ""
+
+    def _read_manifest(self, model: str, version: str) -> Manifest:
+        home = self._home(model) / version
+        if home.is_symlink():
+            raise VerificationFailed(f"{model}@{version} is a link")
+        with _open_regular(home / MANIFEST) as file:
+            data = file.read(_MAX_JSON_BYTES)
+        try:
+            content = from_json(data)  # unlike json, it survives a thousand brackets
+            manifest, digest = Manifest.model_validate(content), version_of(content)
+        except ValueError as error:
             raise VerificationFailed(f"{model}@{version}: {MANIFEST} is not a manifest: {error}") from error
-        if manifest.version != version or manifest.digest() != version or manifest.model != model:
+        if manifest.version != version or digest != version or manifest.model != model:
             raise VerificationFailed(f"{model}@{version}: {MANIFEST} does not hash to its version")
         return manifest
 
@@ -213,10 +236,11 @@ class ModelStore:
             _sync_directory(temporary)
             os.rename(temporary, target)
             _sync_directory(target.parent)
-        except OSError:
+        except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            if not (target / MANIFEST).is_file():  # another writer stored the same version first
+            if not (isinstance(error, OSError) and (target / MANIFEST).is_file()):
                 raise
+            # another writer stored the same version first
 
     def _write_aliases(self, model: str, aliases: Mapping[str, str]) -> None:
         path = self._home(model) / "aliases.json"
@@ -231,7 +255,8 @@ class ModelStore:
         directory = self._home(model) / "audit"
         directory.mkdir(exist_ok=True)
         entry = {"at": now.isoformat(), "event": event, "by": _whoami(), **facts}
-        _write_synced(directory / f"{now:%Y%m%dT%H%M%S.%fZ}-{event}.json", canonical_json(entry))
+        name = f"{now:%Y%m%dT%H%M%S.%fZ}-{event}-{secrets.token_hex(4)}.json"
+        _write_synced(directory / name, canonical_json(entry))
 
     @contextlib.contextmanager
     def _locked(self, model: str) -> Iterator[None]:
@@ -240,18 +265,36 @@ class ModelStore:
             yield
 
 
+def _serialise(config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> dict[str, bytes]:
+    contents = {CONFIG: canonical_json(config)}
+    if weights:
+        contents[WEIGHTS] = save_tensors({name: weights[name].contiguous() for name in sorted(weights)})
+    return contents
+
+
+def _entries(contents: Mapping[str, bytes]) -> dict[str, FileEntry]:
+    return {
+        name: FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in contents.items()
+    }
+
+
 def _refuse_worse(new: Manifest, current: Manifest) -> None:
+    """PromotionRefused if the current version has a skill that the new one surely or possibly lacks."""
     for old in current.evaluations:
+        before = old.metrics.get(_GATE)
+        if before is None:
+            continue
         fresh = new.evaluation(old.windows)
-        if fresh is None:
+        after = fresh.metrics.get(_GATE) if fresh else None
+        if after is None:
             raise PromotionRefused(
-                f"{new.model}@{new.version} has no evaluation on the {old.windows} windows and the current version"
+                f"{new.model}@{new.version} has no {_GATE} on the {old.windows} windows and the current version"
                 f" {current.version} has one: evaluate it, or give --force REASON"
             )
-        before, after = old.metrics["skill_vs_naive"], fresh.metrics["skill_vs_naive"]
-        if after.high is not None and after.high < before.value:
+        at_most = after.value if after.high is None else after.high
+        if at_most < before.value:
             raise PromotionRefused(
-                f"skill_vs_naive on the {old.windows} windows is {after.value:+.4f} (at most {after.high:+.4f}),"
+                f"{_GATE} on the {old.windows} windows is {after.value:+.4f} (at most {at_most:+.4f}),"
                 f" the current version's is {before.value:+.4f}: give --force REASON to promote it all the same"
             )
 
@@ -264,11 +307,15 @@ def _whoami() -> str:
 
 
 def _open_regular(path: Path) -> BinaryIO:
-    """Open without following a link, so that what is hashed cannot be swapped for another file."""
+    """Open a plain file without following a link, so that what is hashed cannot be swapped for another file."""
     try:
-        return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb")
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe would block for ever
     except OSError as error:
         raise VerificationFailed(f"{path.parent.name}/{path.name}: {error.strerror}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise VerificationFailed(f"{path.parent.name}/{path.name} is not a plain file")
+    return os.fdopen(descriptor, "rb")
 
 
 def _write_synced(path: Path, data: bytes) -> None:

@@ -133,7 +133,7 @@ def walk_sigma(volatility: Floats, horizon: int) -> Floats:
 
 def walk_quantiles(sigma: Floats, levels: tuple[float, ...]) -> Floats:
     """`[Q, ...]` log-returns Φ⁻¹(q) · σ of a walk with `sigma` `[...]`."""
-    return np.multiply.outer(np.array([_NORMAL.inv_cdf(level) for level in levels]), sigma)
+    return np.asarray(np.multiply.outer([_NORMAL.inv_cdf(level) for level in levels], sigma))
 
 
 # -- comparisons -----------------------------------------------------------------------------------

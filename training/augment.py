@@ -17,19 +17,25 @@ def mirror(candles: Floats, rows: np.ndarray) -> Floats:
     return out
 
 
-def mirror_bars(candles: Floats, bars: np.ndarray) -> Floats:
-    """Where `bars` `[B, L]` is true, that bar alone is reflected at the close before it; later bars follow on."""
+def scale_moves(candles: Floats, factors: Floats) -> Floats:
+    """Every bar's log distances from the close before it, times `factors` `[B, L]`; later bars follow on.
+
+    -1 reflects a bar, so that highs and lows change places; other factors make it livelier or calmer.
+    """
     logs = np.log(candles[..., OPEN : CLOSE + 1])
-    before = np.concatenate([logs[:, :1, OPEN], logs[:, :-1, CLOSE]], axis=1)[..., None]
-    moves = logs - before
-    flipped = -moves[..., [OPEN, LOW, HIGH, CLOSE]]
-    moves = np.where(bars[..., None], flipped, moves)
-    closes = np.cumsum(moves[..., CLOSE], axis=1)
-    start = before[:, :1, 0]
-    anchor = np.concatenate([start, start + closes[:, :-1]], axis=1)[..., None]
+    before = np.concatenate([logs[:, :1, OPEN], logs[:, :-1, CLOSE]], axis=1)
+    moves = (logs - before[..., None]) * factors[..., None]
+    moves = np.where(factors[..., None] < 0, moves[..., [OPEN, LOW, HIGH, CLOSE]], moves)
+    closes = before[:, :1] + np.cumsum(moves[..., CLOSE], axis=1)
+    anchors = np.concatenate([before[:, :1], closes[:, :-1]], axis=1)
     out = candles.copy()
-    out[..., OPEN : CLOSE + 1] = np.exp(anchor + moves)
+    out[..., OPEN : CLOSE + 1] = np.exp(anchors[..., None] + moves)
     return out
+
+
+def volatility_paths(shape: tuple[int, int], step: float, rng: np.random.Generator) -> Floats:
+    """`[B, L]` factors whose logarithm is a random walk of `step` per bar: regimes that come and go."""
+    return np.exp(np.cumsum(rng.normal(0.0, step, shape), axis=1))
 
 
 def aggregate(candles: Floats, bars: int) -> Floats:

@@ -23,7 +23,6 @@ from models.candles import (
     Floats,
     Millis,
     candle_faults,
-    repair_ohlc,
     with_amount,
 )
 
@@ -41,6 +40,7 @@ _NAMES: Final[Mapping[str, tuple[str, ...]]] = {
 }
 _PER_MS: Final = (1e-3, 1.0, 1e3, 1e6)  # seconds, milliseconds, microseconds, nanoseconds
 _DAY_ORDERS: Final = ("%m/%d/%Y", "%d/%m/%Y")
+_ZONE: Final = r"(?:Z|:\d\d\S*[+-]\d\d(?::?\d\d)?)$"
 _UNREADABLE: Final = -1
 _INTERVAL_UNITS: Final = ((7 * DAY_MS, "w"), (DAY_MS, "d"), (3_600_000, "h"), (60_000, "m"))
 
@@ -102,8 +102,7 @@ def read(path: Path, *, adjust: bool = False) -> tuple[Series, FileReport]:
     invalid = readable & np.any([broken for broken, _ in candle_faults(candles)], axis=0)
     good = np.flatnonzero(readable & ~invalid)
     order = good[np.argsort(timestamps[good], kind="stable")]
-    last_of_equals = np.append(np.diff(timestamps[order]) > 0, [True] * bool(len(order)))
-    kept = order[last_of_equals]
+    kept = order[np.diff(timestamps[order], append=LATEST_MS + 1) > 0]
     symbol = _symbol(path)
     report = FileReport(
         file=path.name,
@@ -135,6 +134,8 @@ def _table(path: Path) -> pd.DataFrame:
         table = pd.read_csv(path, dtype=str, encoding="utf-8-sig")
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise CandleFileError(f"{path} is not a CSV file: {error}") from error
+    if not isinstance(table.index, pd.RangeIndex):  # pandas would shift every column by the surplus
+        raise CandleFileError(f"{path}: its rows have more cells than its header has names")
     table.columns = [str(name).strip().strip("<>").lower().replace("_", " ") for name in table.columns]
     if table.columns[0] == "price" and len(table) > 1 and table.iloc[0, 0] == "Ticker":
         table = _without_yfinance_header(path, table)
@@ -188,10 +189,7 @@ def _adjusted(candles: Floats, adjusted_close: Floats) -> Floats:
     """Prices scaled by adjusted close / close, volume divided by it; what was traded in money stays."""
     with np.errstate(divide="ignore", invalid="ignore"):  # such rows are dropped as invalid
         factor = (adjusted_close / candles[:, CLOSE])[:, None]
-        scaled = np.column_stack([candles[:, PRICES] * factor, candles[:, VOLUME, None] / factor])
-    sound = ~np.any([broken for broken, _ in candle_faults(candles[:, :AMOUNT])], axis=0)
-    scaled[sound] = repair_ohlc(scaled[sound])  # the scaling rounds: a high may end 1e-16 below its open
-    return np.column_stack([scaled, candles[:, AMOUNT]])
+        return np.column_stack([candles[:, PRICES] * factor, candles[:, VOLUME, None] / factor, candles[:, AMOUNT]])
 
 
 def _timestamps(path: Path, table: pd.DataFrame) -> Millis:
@@ -214,7 +212,10 @@ def _parsed(path: Path, text: "pd.Series[str]") -> Millis:
     """ISO 8601, or month/day/year in whichever order reads more cells; without a zone it is UTC."""
     text = text.where(text.str.len() >= len("20240131"))  # a row number such as 2004 is not a year
     if not text.str.contains("/", regex=False, na=False).any():
-        return _as_millis(pd.to_datetime(text, format="ISO8601", errors="coerce", utc=True))
+        zoned = text.str.contains(_ZONE, na=False)  # read apart: pandas lends a zone to the cells without one
+        cells = (text.where(zoned), text.mask(zoned))
+        with_zone, without = (pd.to_datetime(c, format="ISO8601", errors="coerce", utc=True) for c in cells)
+        return _as_millis(with_zone.fillna(without))
     orders = [pd.to_datetime(text, format=order, errors="coerce", utc=True) for order in _DAY_ORDERS]
     readable = [int(times.notna().sum()) for times in orders]
     if readable[0] == readable[1] and (orders[0] != orders[1]).any():

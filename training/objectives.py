@@ -17,7 +17,7 @@ from models.kronos.tokenizer import KronosTokenizer
 from models.toto.mixture import log_density
 from models.toto.network import TotoNetwork
 from models.toto.transform import Transform
-from training.augment import aggregate, mirror, mirror_bars
+from training.augment import aggregate, mirror, scale_moves, volatility_paths
 from training.windows import WindowSampler
 
 
@@ -36,6 +36,7 @@ class TotoLikelihood:
     steps_drawn: int = 16
     close_weight: float = 2.0
     volume_weight: float = 0.2
+    volatility_step: float = 0.0  # of a random walk in the logarithm of volatility, per bar
 
     def __post_init__(self) -> None:
         self._frozen = [(p, p.detach().clone(), mask) for p, mask in frozen_location(self.network)]
@@ -47,6 +48,8 @@ class TotoLikelihood:
         bars = int(self.rng.choice(list(self.samplers)))
         candles = aggregate(self.samplers[bars].draw(rows, self.rng).candles, bars)
         candles = mirror(candles, self.rng.random(rows) < 0.5)
+        if self.volatility_step:
+            candles = scale_moves(candles, volatility_paths(candles.shape[:2], self.volatility_step, self.rng))
         encoded = self.transform.encode(candles, self.context)
         values = torch.from_numpy(encoded.astype(np.float32)).transpose(1, 2)  # [B, V, T + S]
         return self._loss(values)
@@ -101,7 +104,7 @@ def start_at_random_walk(network: TotoNetwork, first_scale: float = 0.1) -> None
         spread = first_scale * torch.arange(1, patch + 1).sqrt()
         unembed[:, 1].mul_(0.1)
         bias[:, 1] = torch.expm1(spread).log()  # softplus^-1
-        head.scale_proj.weight.mul_(0.1)
+        head.scale_proj.weight.mul_(0.5)
         head.scale_proj.weight[:, 1] = 1
         head.scale_proj.weight[:, 0] = 0
         head.scale_proj.bias.copy_(torch.linspace(-0.5, 0.5, config.components))
@@ -141,7 +144,7 @@ class _KronosWindows:
         windows = self.sampler.draw(rows, self.rng)
         candles = windows.candles
         if self.rng.random() < 0.5:
-            candles = mirror_bars(candles, self.rng.random(candles.shape[:2]) < 0.5)
+            candles = scale_moves(candles, np.where(self.rng.random(candles.shape[:2]) < 0.5, -1.0, 1.0))
         stamps = np.stack([calendar_features(local) for local in windows.local_times])
         return torch.from_numpy(normalised_windows(candles, self.lookback)), torch.from_numpy(stamps)
 

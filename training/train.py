@@ -93,6 +93,7 @@ def _fit_toto(prepared: Prepared, reporter: Callable[[str], Report]) -> Trained:
         transform=transform_of(recipe.network.get("log_scales")),
         context=recipe.context,
         rng=np.random.default_rng(recipe.seed),
+        volatility_step=recipe.objective.get("volatility_step", 0.0),
     )
     run = fit(objective, recipe.phases["network"], reporter("network"))
     return Trained(_tensors(network), {"network": run})

@@ -64,11 +64,13 @@ def _solve(mixture: Mixture, q: Tensor, y: Tensor, low: Tensor, high: Tensor, *,
     distribution, tolerance, limit = (_rough_cdf, 1e-4, 40) if rough else (cdf, 1e-10, 80)
     for _ in range(limit):
         excess = distribution(mixture, y) - q
-        if bool((excess.abs() <= tolerance).all()):
+        unsolved = excess.abs() > tolerance  # a root that is found stays put: no neighbour changes its bits
+        if not bool(unsolved.any()):
             break
         low, high = torch.where(excess > 0, low, y), torch.where(excess > 0, y, high)
         proposed = y - excess / log_density(mixture, y).exp()
-        y = torch.where((proposed > low) & (proposed < high), proposed, (low + high) / 2)
+        following = torch.where((proposed > low) & (proposed < high), proposed, (low + high) / 2)
+        y = torch.where(unsolved, following, y)
     return y
 
 

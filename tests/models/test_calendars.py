@@ -1,9 +1,9 @@
 """When candles happen, on real calendars and real candles."""
 
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 
-import backtesting
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from models.calendars import UnknownCalendar, calendar_features, get_calendar, infer_calendar
 from models.candles import DAY_MS, InvalidCandles, Millis, interval_ms
 
-PACKAGED = Path(backtesting.__file__).parent / "test"
+PACKAGED = Path(str(find_spec("backtesting").origin)).parent / "test"  # type: ignore[union-attr]
 HOUR_MS = 3_600_000
 
 

@@ -1,0 +1,319 @@
+"""The command line: one verb per function, each importing its package only when called."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from model_store.manifest import Manifest
+    from model_store.store import ModelStore
+
+JsonFlag = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+StoreRoot = click.option(
+    "--store",
+    "store_root",
+    envvar="CANDLECAST_STORE_ROOT",
+    default=Path("model_store/artifacts"),
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Folder of the model store.",
+)
+DataFolder = click.option(
+    "--data",
+    "folder",
+    default=Path("data/samples"),
+    show_default=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder with one CSV per symbol.",
+)
+
+
+class Verbs(click.Group):
+    """Turns errors that a user can mend into one line and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except (ValueError, OSError, LookupError, RuntimeError) as error:
+            if ctx.params.get("debug"):
+                raise
+            raise click.ClickException(f"{error}") from error
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.version_option(package_name="candlecast")
+def main(debug: bool) -> None:  # noqa: ARG001 - read from the context by Verbs
+    """Forecasts candles with Toto and Kronos, and keeps score of every forecast it serves."""
+
+
+@main.command()
+@click.option(
+    "--load",
+    "folder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Put these candles, one CSV per symbol, into the history once the service is up.",
+)
+@JsonFlag
+def serve(folder: Path | None, as_json: bool) -> None:
+    """Start the service; settings are CANDLECAST_* variables.
+
+    \b
+    Example: candlecast serve --load data/samples
+    """
+    import threading
+
+    from service.main import Listening, serve
+    from service.settings import Settings
+
+    def announce(listening: Listening) -> None:
+        if folder is not None:
+            _load_history(folder, listening.url)
+        if as_json:
+            click.echo(json.dumps({"url": listening.url, "admin_url": listening.admin_url}))
+        else:
+            click.echo(_welcome(listening.url, listening.admin_url, folder))
+
+    serve(Settings(), lambda listening: threading.Thread(target=announce, args=(listening,), daemon=True).start())
+
+
+def _welcome(url: str, admin_url: str, folder: Path | None) -> str:
+    request = f"curl -s -X POST {url}/forecast/AAPL -H 'Content-Type: application/json'"
+    lines = [f"Candlecast listens on {url} (docs at {url}/docs), metrics on {admin_url}/metrics"]
+    if folder is not None:
+        lines += ["Try it:", f"""  {request} -d '{{"model": "kronos", "horizon": 30}}'"""]
+        lines += [f"""  {request} -d '{{"model": "toto", "horizon": 64}}'"""]
+    return "\n".join(lines)
+
+
+def _load_history(folder: Path, url: str) -> None:
+    """PUT every series of `folder` through the API, as any feed would."""
+    from http.client import HTTPConnection
+    from urllib.parse import quote, urlsplit
+
+    from models.candles import COLUMNS, VOLUME
+    from training.candle_files import load
+
+    connection = HTTPConnection(urlsplit(url).netloc)
+    for item in load(folder)[0]:
+        columns = {name: item.candles[:, index].tolist() for index, name in enumerate(COLUMNS[: VOLUME + 1])}
+        body = {"interval": item.interval, "candles": {"timestamp": item.timestamps.tolist(), **columns}}
+        connection.request("PUT", f"/candles/{quote(item.symbol)}", json.dumps(body), {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        text = answer.read().decode()
+        if answer.status >= 400:
+            click.echo(f"{item.symbol} was not loaded: {text}", err=True)
+    connection.close()
+
+
+@main.command("sample-data")
+@click.argument("folder", default=Path("data/samples"), type=click.Path(file_okay=False, path_type=Path))
+@JsonFlag
+def sample_data(folder: Path, as_json: bool) -> None:
+    """Write real daily candles, one CSV per symbol: AAPL, FB, GOOG, IBM, MSFT, ^GSPC and ^IXIC."""
+    from training.sample_data import write_samples
+
+    paths = [str(path) for path in write_samples(folder)]
+    click.echo(json.dumps(paths) if as_json else f"{len(paths)} series in {folder}")
+
+
+@main.command()
+@click.argument("recipe_path", metavar="RECIPE", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--if-missing", is_flag=True, help="Do nothing if the store has the recipe's model in production.")
+@StoreRoot
+@JsonFlag
+def train(recipe_path: Path, if_missing: bool, store_root: Path, as_json: bool) -> None:
+    """Train a RECIPE, evaluate it and put the version into the store.
+
+    \b
+    Example: candlecast train training/recipes/toto-demo.toml
+    """
+    from model_store.store import PRODUCTION, ModelStore
+    from training.recipe import read_recipe
+    from training.train import train, verdict
+
+    store, recipe = ModelStore(store_root), read_recipe(recipe_path)
+    if if_missing and PRODUCTION in store.aliases(recipe.name):
+        manifest = store.manifest(recipe.name)
+    else:
+        manifest = train(recipe, store, quiet=as_json)
+    _print_version(manifest, as_json, [verdict(evaluation) for evaluation in manifest.evaluations])
+
+
+@main.command()
+@click.option("--models", "names", required=True, help="Comma-separated names or name@version.")
+@click.option("--part", type=click.Choice(["val", "test", "unseen"]), default="test", show_default=True)
+@click.option("--horizon", type=click.IntRange(1), help="Steps; default: the shortest horizon among the models'.")
+@click.option("--stride", type=click.IntRange(1), default=16, show_default=True, help="Candles between origins.")
+@click.option("--samples", type=click.IntRange(1), default=64, show_default=True, help="Paths, where a model draws them.")
+@click.option("--val-from", default="2009-01-01", show_default=True, help="Training ends here.")
+@click.option("--test-from", default="2010-06-01", show_default=True, help="The test's targets begin here.")
+@click.option("--unseen", default="IBM", show_default=True, help="Comma-separated symbols held out of training.")
+@DataFolder
+@StoreRoot
+@JsonFlag
+def evaluate(names: str, folder: Path, store_root: Path, as_json: bool, **options: Any) -> None:
+    """Score models side by side by rolling origins, beside the naive forecast and a random walk.
+
+    \b
+    Example: candlecast evaluate --models toto-demo,kronos-demo
+    """
+    from rich.console import Console
+
+    from model_store.store import ModelStore
+    from training.compare import compare
+    from training.report import as_json as entries_json
+    from training.report import table
+
+    entries = compare(ModelStore(store_root), names.split(","), folder, **options)
+    if as_json:
+        click.echo(json.dumps(entries_json(entries)))
+    else:
+        Console(width=100).print(table(entries))
+
+
+@main.command()
+@click.argument("symbol")
+@click.option("--model", "reference", default="toto-demo", show_default=True, help="Name or name@version in the store.")
+@click.option("--horizon", type=click.IntRange(1), help="Steps; default: 30 for Kronos, 64 for Toto.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--samples", type=click.IntRange(1, 512), default=64, show_default=True, help="Paths, on Kronos.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the fan chart to this PNG.")
+@DataFolder
+@StoreRoot
+@JsonFlag
+def forecast(symbol: str, plot: Path | None, folder: Path, store_root: Path, as_json: bool, **options: Any) -> None:
+    """Forecast SYMBOL from a folder of candles, without a service.
+
+    \b
+    Example: candlecast forecast AAPL --model kronos-demo --plot aapl.png
+    """
+    from rich.console import Console
+
+    from model_store.store import ModelStore
+    from training.glance import draw_fan, forecast_symbol, forecast_table
+
+    glance = forecast_symbol(ModelStore(store_root), symbol, folder, **options)
+    if plot:
+        draw_fan(glance, plot)
+    if as_json:
+        click.echo(json.dumps(glance.as_json()))
+    else:
+        Console(width=100).print(forecast_table(glance))
+
+
+@main.group()
+def store() -> None:
+    """Versions of models: list, show, verify, import, promote."""
+
+
+@store.command("list")
+@StoreRoot
+@JsonFlag
+def list_versions(store_root: Path, as_json: bool) -> None:
+    """List every version with its aliases."""
+    from model_store.store import ModelStore
+
+    root = ModelStore(store_root)
+    rows = [_row(root, model, version) for model in root.models() for version in root.versions(model)]
+    if as_json:
+        click.echo(json.dumps(rows))
+        return
+    for row in rows or [{"model": "the store is empty: candlecast train RECIPE, or candlecast store import FOLDER"}]:
+        click.echo("  ".join(str(value) for value in row.values()))
+
+
+def _row(root: "ModelStore", model: str, version: str) -> dict[str, str]:
+    manifest = root.manifest(f"{model}@{version}")
+    aliases = ",".join(sorted(alias for alias, target in root.aliases(model).items() if target == version))
+    size = sum(entry.bytes for entry in manifest.files.values())
+    return {
+        "model": f"{model}@{version}",
+        "family": manifest.family,
+        "size": f"{size / 1e6:.1f}MB",
+        "created_at": manifest.created_at,
+        "aliases": aliases or "-",
+    }
+
+
+@store.command()
+@click.argument("reference")
+@StoreRoot
+def show(reference: str, store_root: Path) -> None:
+    """Print the manifest of NAME, NAME@VERSION or NAME@ALIAS as JSON."""
+    from model_store.store import ModelStore
+
+    click.echo(ModelStore(store_root).manifest(reference).model_dump_json(indent=2))
+
+
+@store.command()
+@click.argument("reference")
+@StoreRoot
+@JsonFlag
+def verify(reference: str, store_root: Path, as_json: bool) -> None:
+    """Hash every file of a version against its manifest."""
+    from model_store.store import ModelStore
+
+    _print_version(ModelStore(store_root).verify(reference), as_json, ["every file is what was stored"])
+
+
+@store.command("import")
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--name", required=True, help="Name of the model in the store.")
+@click.option("--tokenizer", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Kronos' tokenizer.")
+@click.option("--licence", help="SPDX identifier of the weights' licence.")
+@StoreRoot
+@JsonFlag
+def import_version(
+    folder: Path, name: str, tokenizer: Path | None, licence: str | None, store_root: Path, as_json: bool
+) -> None:
+    """Import a published checkpoint: FOLDER holds config.json and model.safetensors.
+
+    A Kronos tokenizer lies in FOLDER/tokenizer or is given by --tokenizer.
+
+    \b
+    Example: candlecast store import ./Toto-Open-Base-1.0 --name toto-base
+    """
+    from model_store.store import ModelStore
+    from model_store.upstream import import_folder
+
+    manifest = import_folder(ModelStore(store_root), folder, name, tokenizer=tokenizer, licence=licence)
+    _print_version(manifest, as_json, [f"serve it: candlecast store promote {manifest.model}@{manifest.version}"])
+
+
+@store.command()
+@click.argument("reference")
+@click.option("--force", metavar="REASON", help="Promote against the gate's advice; the reason is recorded.")
+@StoreRoot
+@JsonFlag
+def promote(reference: str, force: str | None, store_root: Path, as_json: bool) -> None:
+    """Serve NAME (its candidate) or NAME@VERSION under NAME from now on.
+
+    \b
+    Example: candlecast store promote toto-demo@0123456789ab --force "only this one has IBM's split"
+    """
+    from model_store.store import ModelStore
+
+    manifest = ModelStore(store_root).promote(reference, force=force)
+    _print_version(manifest, as_json, [f"now serves as {manifest.model}"])
+
+
+def _print_version(manifest: "Manifest", as_json: bool, notes: list[str]) -> None:
+    if as_json:
+        click.echo(manifest.model_dump_json())
+        return
+    click.echo(f"{manifest.model}@{manifest.version}")
+    for note in notes:
+        click.echo(f"  {note}")
+
+
+Verb = Callable[..., None]
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""Kronos' promises: the same paths in any batch, valid candles, statistics of the lookback only."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from models.candles import check_candles, with_amount
+from models.forecaster import forecast
+from models.kronos.forecaster import KronosForecaster, normalise
+from models.kronos.network import KronosPredictor, PredictorConfig
+from models.kronos.tokenizer import KronosTokenizer, TokenizerConfig
+
+
+def build(config, **options):
+    torch.manual_seed(2)
+    tokenizer = KronosTokenizer(TokenizerConfig.from_published(config["tokenizer"]))
+    predictor = KronosPredictor(PredictorConfig.from_published(config["predictor"]))
+    return KronosForecaster(tokenizer, predictor, max_context=config["context"], **options)
+
+
+@pytest.fixture(scope="module")
+def kronos(kronos_config):
+    return build(kronos_config["mini"])
+
+
+def test_paths_have_the_same_bits_alone_and_in_a_batch(kronos, make_request):
+    item = make_request(64, 12, seed=5, samples=8, top_p=0.9, with_paths=True)
+    alone = forecast(kronos, [item])[0]
+    for rows in (1, 3, 7, 15):
+        settings = [{"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.5}, {}]
+        others = [make_request(64 - i, 9 + i % 4, seed=50 + i, samples=5 + i % 4, **settings[i % 4]) for i in range(rows)]
+        place = rows // 2
+        together = forecast(kronos, [*others[:place], item, *others[place:]])[place]
+        assert together.paths.tobytes() == alone.paths.tobytes()
+        assert together.quantiles["close"].tobytes() == alone.quantiles["close"].tobytes()
+
+
+def test_same_seed_same_paths_other_seed_other_paths(kronos, make_request):
+    item = make_request(64, 8, seed=5, samples=8, with_paths=True)
+    first, second = forecast(kronos, [item])[0], forecast(kronos, [item])[0]
+    assert first.paths.tobytes() == second.paths.tobytes()
+    assert forecast(kronos, [replace(item, seed=6)])[0].paths.tobytes() != first.paths.tobytes()
+
+
+def test_padding_candles_change_nothing(kronos, make_request):
+    item = make_request(64, 8, seed=9, samples=4, top_k=1, with_paths=True)
+    longer = make_request(128, 8, seed=10, samples=4, top_k=1)
+    alone = forecast(kronos, [item])[0]
+    batch = kronos.prepare([item, longer])
+    padded = kronos.finish(kronos.run(batch), batch)[0]
+    np.testing.assert_allclose(padded.paths, alone.paths, rtol=1e-5)
+
+
+def test_more_paths_begin_with_the_same_paths(kronos, make_request):
+    few = forecast(kronos, [make_request(64, 8, seed=9, samples=4, with_paths=True)])[0].paths
+    many = forecast(kronos, [make_request(64, 8, seed=9, samples=16, with_paths=True)])[0].paths
+    np.testing.assert_allclose(many[:4], few, rtol=1e-5)
+
+
+def test_every_path_is_made_of_valid_candles(kronos, make_request):
+    result = forecast(kronos, [make_request(64, 16, seed=11, samples=16, temperature=3.0, with_paths=True)])[0]
+    check_candles(with_amount(result.paths.reshape(-1, 5)))
+    check_candles(with_amount(result.point))
+
+
+def test_unreachable_quantile_is_answered_with_a_warning(kronos, make_request):
+    result = forecast(kronos, [make_request(64, 4, seed=1, samples=4, levels=(0.01, 0.5))])[0]
+    assert "0.01" in result.warnings[0]
+    assert not forecast(kronos, [make_request(64, 4, seed=1, samples=128, levels=(0.01, 0.5))])[0].warnings
+
+
+def test_anchored_paths_follow_the_true_last_close(kronos_config, make_request):
+    plain, anchored = build(kronos_config["mini"]), build(kronos_config["mini"], anchor=True)
+    item = make_request(64, 4, seed=3, samples=4, top_k=1, with_paths=True)
+    one, other = forecast(plain, [item])[0].paths, forecast(anchored, [item])[0].paths
+    batch = plain.prepare([item])
+    last = plain.run(batch)["last"][0].double().numpy() * (item.candles.std(0) + 1e-5) + item.candles.mean(0)
+    np.testing.assert_allclose(other[..., :4], one[..., :4] * item.last_close / last[3], rtol=1e-9)
+
+
+def test_normalisation_sees_the_context_alone(make_walk):
+    candles = make_walk(94, seed=4)
+    changed = candles.copy()
+    changed[64:] *= 5
+    np.testing.assert_array_equal(
+        normalise(changed, changed[:64])[:64], normalise(candles, candles[:64])[:64]
+    )
+
+
+def test_step_returns_are_relative_to_the_candle_before(kronos, make_request):
+    item = make_request(64, 4, seed=3, samples=9, levels=(0.5,), with_paths=True)
+    result = forecast(kronos, [item])[0]
+    closes = np.column_stack([np.full(9, item.last_close), result.paths[..., 3]])
+    np.testing.assert_allclose(result.step_return_quantiles[0], np.median(np.diff(np.log(closes)), axis=0), rtol=1e-9)

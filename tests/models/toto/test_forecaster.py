@@ -1,0 +1,105 @@
+"""Toto's promises: the same answer in any batch and bucket, exact quantiles, refusals."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from models.candles import check_candles, with_amount
+from models.forecaster import ModelError, forecast
+from models.toto.forecaster import TotoForecaster
+from models.toto.network import TotoConfig, TotoNetwork
+from models.toto.transform import LogScales
+
+
+def build(config, log_scales=None):
+    torch.manual_seed(1)
+    network = TotoNetwork(TotoConfig.from_published(config))
+    return TotoForecaster(network, max_context=512, log_scales=log_scales)
+
+
+@pytest.fixture(scope="module")
+def toto(toto_tiny):
+    return build(toto_tiny)
+
+
+def assert_same_bits(one, other):
+    assert one.point.tobytes() == other.point.tobytes()
+    assert one.prob_up.tobytes() == other.prob_up.tobytes()
+    for name in one.quantiles:
+        assert one.quantiles[name].tobytes() == other.quantiles[name].tobytes()
+
+
+def test_forecast_has_the_same_bits_alone_and_in_a_batch(toto, make_request):
+    item = make_request(200, 64, seed=5)
+    alone = forecast(toto, [item])[0]
+    for rows in (2, 3, 7, 16):
+        others = [make_request(256 - 9 * i, 10 + i, seed=100 + i) for i in range(rows)]
+        place = rows // 2
+        batch = [*others[:place], item, *others[place:]]
+        assert_same_bits(forecast(toto, batch)[place], alone)
+
+
+def test_padding_patches_change_nothing(toto, make_request):
+    short, long = make_request(256, 64, seed=6), make_request(512, 64, seed=7)
+    together = toto.prepare([short, long])  # both in the bucket of 512
+    apart = toto.prepare([short])
+    assert together.tensors["values"].shape[-1] == 2 * apart.tensors["values"].shape[-1]
+    wide, narrow = toto.finish(toto.run(together), together)[0], toto.finish(toto.run(apart), apart)[0]
+    np.testing.assert_allclose(wide.quantiles["close"], narrow.quantiles["close"], rtol=1e-5)
+
+
+def test_values_of_a_partial_first_patch_matter_but_those_of_padding_do_not(toto, make_request):
+    item = make_request(200, 64, seed=8)
+    batch = toto.prepare([item])
+    base = toto.run(batch)["projected"]
+    assert not torch.equal(toto.run(toto.prepare([replace(item, candles=item.candles[1:])]))["projected"], base)
+    masked = batch.tensors["weights"][0, 0] == 0
+    assert int(masked.sum()) == 56
+
+
+def test_every_row_is_a_valid_candle_and_quantiles_rise(toto, make_request):
+    result = forecast(toto, [make_request(300, 64, seed=9, levels=(0.05, 0.25, 0.5, 0.75, 0.95))])[0]
+    check_candles(with_amount(result.point))
+    for values in result.quantiles.values():
+        assert values.shape == (5, 64)
+        assert (np.diff(values, axis=0) >= 0).all()
+        assert (values > 0).all()
+    np.testing.assert_array_equal(result.quantiles["close"][2], result.point[:, 3])
+
+
+def test_prob_up_agrees_with_the_quantiles(toto, make_request):
+    item = make_request(300, 64, seed=10)
+    result = forecast(toto, [item])[0]
+    median_is_above = result.quantiles["close"][1] > item.last_close
+    assert ((result.prob_up > 0.5) == median_is_above).all()
+
+
+def test_aggregate_other_than_median_and_mean_is_refused(toto, make_request):
+    with pytest.raises(ModelError, match="no paths"):
+        forecast(toto, [make_request(300, 8, seed=11, aggregate="p10")])
+
+
+def test_mean_of_a_log_version_is_refused(toto_tiny, make_request):
+    with pytest.raises(ModelError, match="no mean"):
+        forecast(build(toto_tiny, (100.0, 10.0)), [make_request(300, 8, seed=11, aggregate="mean")])
+
+
+def test_log_version_scales_with_prices_and_volumes(toto_tiny, make_request):
+    model, item = build(toto_tiny, (100.0, 10.0)), make_request(300, 64, seed=12)
+    bigger = replace(item, candles=item.candles * np.array([8, 8, 8, 8, 16, 128.0]))
+    one, other = forecast(model, [item])[0], forecast(model, [bigger])[0]
+    np.testing.assert_allclose(other.point, one.point * np.array([8, 8, 8, 8, 16]), rtol=1e-6)
+
+
+def test_log_scales_round_trip_and_look_only_at_the_context(make_walk):
+    transform, candles = LogScales(100.0, 10.0), make_walk(128, seed=13)
+    candles[5, 4] = 0.0
+    encoded = transform.encode(candles, 64)
+    changed = candles.copy()
+    changed[64:] *= 3
+    np.testing.assert_array_equal(transform.encode(changed, 64)[:64], encoded[:64])
+    back = transform.decode(encoded[:64], candles[:64])
+    rows = np.arange(64) != 5
+    np.testing.assert_allclose(back[rows], candles[:64][rows, :5], rtol=1e-9)

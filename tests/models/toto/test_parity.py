@@ -1,0 +1,110 @@
+"""Toto against the reference implementation: the same random weights, the same candles."""
+
+import numpy as np
+import pytest
+import torch
+
+from models.layers import WeightsMismatch, load_strictly
+from models.toto.forecaster import TotoDecoder, TotoForecaster
+from models.toto.network import TotoConfig, TotoNetwork
+
+TOLERANCE = 1e-5
+
+
+def weights_of(reference):
+    return {name: tensor for name, tensor in reference.model.state_dict().items() if "rotary" not in name}
+
+
+@pytest.fixture(scope="module")
+def base(reference_toto, toto_base):
+    reference = reference_toto(toto_base)
+    network = TotoNetwork(TotoConfig.from_published(toto_base))
+    load_strictly(network, weights_of(reference), "Toto")
+    return reference, TotoDecoder(network).eval()
+
+
+def padded(values, length):
+    """Left-padded values and their mask."""
+    rows, variates, given = values.shape
+    out, mask = torch.zeros(rows, variates, length), torch.zeros(rows, 1, length)
+    out[..., length - given :] = values
+    mask[..., length - given :] = 1
+    return out, mask
+
+
+def relative(ours, theirs):
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+@pytest.mark.parametrize(("variates", "length"), [(5, 512), (1, 512), (5, 500), (5, 4096), (1, 4096)])
+@torch.inference_mode()
+def test_mixture_equals_the_reference_at_the_published_size(base, make_walk, variates, length):
+    reference, decoder = base
+    values = torch.tensor(make_walk(length, seed=length).T[None, :variates], dtype=torch.float32)
+    whole = -(-length // 64) * 64
+    inputs, mask = padded(values, whole)
+    theirs = reference.model(inputs, mask.bool().expand_as(inputs), torch.zeros_like(inputs), None, whole)
+    bucket = max(256, 1 << (length - 1).bit_length())
+    projected, loc, scale = decoder(*padded(values, bucket))
+    ours = decoder.network.mixture(projected)
+    components = theirs.distribution.component_distribution
+    assert relative(ours.df, components.df[:, :, -64:]) <= TOLERANCE
+    assert relative(ours.loc, components.loc[:, :, -64:]) <= TOLERANCE
+    assert relative(ours.scale, components.scale[:, :, -64:]) <= TOLERANCE
+    probabilities = theirs.distribution.mixture_distribution.probs[:, :, -64:]
+    assert relative(ours.log_weights.exp(), probabilities) <= TOLERANCE
+    assert relative(loc, theirs.loc[..., -1]) <= TOLERANCE
+    assert relative(scale, theirs.scale[..., -1]) <= TOLERANCE
+
+
+def test_mean_forecast_equals_the_reference_forecaster(base, toto_base, make_request):
+    from toto.data.util.dataset import MaskedTimeseries
+    from toto.inference.forecaster import TotoForecaster as Reference
+
+    reference, _ = base
+    item = make_request(512, 64, seed=3, aggregate="mean")
+    series = torch.tensor(item.candles.T[:5], dtype=torch.float32)
+    ones = torch.ones_like(series)
+    given = MaskedTimeseries(series, ones.bool(), ones * 0, ones.int() * 0, torch.ones(5, dtype=torch.int))
+    theirs = Reference(reference.model).forecast(given, prediction_length=64).mean[0].T.numpy()
+    ours = TotoForecaster.from_weights({"network": toto_base, "max_context": 4096}, weights_of(reference), "cpu")
+    from models.forecaster import forecast
+
+    point = forecast(ours, [item])[0].point
+    close = slice(3, 5)  # open, high and low may have been repaired into a valid candle
+    np.testing.assert_allclose(point[:, close], theirs[:, close], rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("spacewise_first", [True, False])
+@torch.inference_mode()
+def test_layer_order_follows_the_config(reference_toto, toto_tiny, make_walk, spacewise_first):
+    config = toto_tiny | {"spacewise_first": spacewise_first}
+    reference = reference_toto(config)
+    network = TotoNetwork(TotoConfig.from_published(config))
+    load_strictly(network, weights_of(reference), "Toto")
+    inputs, mask = padded(torch.tensor(make_walk(256, seed=1).T[None, :5], dtype=torch.float32), 256)
+    theirs = reference.model(inputs, mask.bool().expand_as(inputs), torch.zeros_like(inputs), None, 256)
+    projected, _, _ = TotoDecoder(network).eval()(inputs, mask)
+    assert relative(network.mixture(projected).loc, theirs.distribution.component_distribution.loc[:, :, -64:]) <= (
+        TOLERANCE
+    )
+
+
+def test_every_wrong_tensor_is_named(reference_toto, toto_tiny):
+    weights = weights_of(reference_toto(toto_tiny))
+    weights["surprise"] = torch.zeros(1)
+    del weights["unembed.bias"]
+    weights["patch_embed.projection.weight"] = torch.zeros(3, 64)
+    weights["unembed.weight"] = weights["unembed.weight"] * torch.nan
+    with pytest.raises(WeightsMismatch) as error:
+        TotoForecaster.from_weights({"network": toto_tiny, "max_context": 512}, weights, "cpu")
+    for part in ("unexpected surprise", "missing unembed.bias", "[3, 64]", "unembed.weight holds NaN"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change", [{"scaler_cls": "other"}, {"stride": 32}, {"fancy": 1}, {"output_distribution_classes": ["normal"]}]
+)
+def test_unknown_architecture_is_refused(toto_tiny, change):
+    with pytest.raises(ValueError, match="Toto config"):
+        TotoConfig.from_published(toto_tiny | change)

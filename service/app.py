@@ -6,9 +6,10 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import torch
-from fastapi import FastAPI
-from prometheus_client import CollectorRegistry, make_asgi_app
-from starlette.types import ASGIApp
+from fastapi import FastAPI, Request, Response
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+from starlette.responses import PlainTextResponse
 
 from model_store.store import ModelStore
 from models.forecaster import Forecaster
@@ -46,11 +47,17 @@ def create_app(settings: Settings, *, build: Build | None = None, now: Clock = w
     return app
 
 
-def create_admin_app(services: Services) -> ASGIApp:
+def create_admin_app(services: Services) -> FastAPI:
     """`/metrics`, for the admin port."""
     app = FastAPI(title="Candlecast admin", docs_url=None, redoc_url=None, openapi_url=None)
     errors.install(app)
-    app.mount("/metrics", make_asgi_app(services.metrics.registry))
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def get_metrics(request: Request) -> Response:
+        """Every series, in the text format or in OpenMetrics."""
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(services.metrics.registry), headers={"Content-Type": content_type})
+
     return app
 
 

@@ -41,6 +41,7 @@ class State:
         self.up = False
         self._metrics = metrics
         self._watcher: asyncio.Task[None] | None = None
+        self._stopping = asyncio.Event()
 
     async def start(self) -> None:
         """Start the private server where there is one; a remote one may be down."""
@@ -51,21 +52,26 @@ class State:
 
     async def stop(self) -> None:
         """Close the connections, then the private server."""
+        self._stopping.set()  # not cancelled: the client can swallow a cancellation while it reconnects
         if self._watcher:
-            self._watcher.cancel()
-            await asyncio.gather(self._watcher, return_exceptions=True)
+            await self._watcher
         await self.redis.aclose()
         if self._server:
             await self._server.stop()
 
     async def _watch(self, every_seconds: float = 1.0) -> None:
-        while True:
-            await asyncio.sleep(every_seconds)
+        while not await self._stopped_within(every_seconds):
             if self._server and self._server.died:
                 _log.error("the private redis-server ended; starting it again")
                 with contextlib.suppress(StateError):
                     await self._server.start(self.redis)
             await self._ping()
+
+    async def _stopped_within(self, seconds: float) -> bool:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._stopping.wait()
+        return self._stopping.is_set()
 
     async def _ping(self) -> None:
         was_up = self.up

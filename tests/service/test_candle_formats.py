@@ -29,9 +29,7 @@ def as_binance(rows: Any) -> Any:
 
 
 def as_alpaca(rows: Any) -> Any:
-    return [
-        dict(zip("tohlcv", [rfc3339(row[0]), *row[1:]], strict=True)) | {"n": 3, "vw": row[4]} for row in rows
-    ]
+    return [dict(zip("tohlcv", [rfc3339(row[0]), *row[1:]], strict=True)) | {"n": 3, "vw": row[4]} for row in rows]
 
 
 def as_columns(rows: Any) -> Any:

@@ -22,7 +22,8 @@ async def test_what_was_put_is_got(client: Any, rows: Any) -> None:
     answer = await put(client, "btc/usdt".replace("/", "%2F"), candles=sent, interval="1h")
     assert (answer["received"], answer["new"], answer["duplicate"], answer["restated"]) == (20, 20, 0, 0)
     got = (await client.get("/candles/BTC-USDT")).json()
-    assert got["interval"] == "1h" and got["calendar"] == "24/7"
+    assert got["interval"] == "1h"
+    assert got["calendar"] == "24/7"
     assert [row[:6] for row in got["candles"]] == sent
     few = (await client.get(f"/candles/BTC-USDT?interval=60m&limit=3&before={sent[10][0]}")).json()
     assert [row[0] for row in few["candles"]] == [row[0] for row in sent[7:10]]
@@ -39,7 +40,8 @@ async def test_a_second_put_says_what_changed(client: Any, rows: Any) -> None:
 async def test_an_unclosed_candle_is_not_stored(client: Any, rows: Any, now: int) -> None:
     sent = rows(3, end=now + HOUR)
     answer = await put(client, "BTC", candles=sent, interval="1h")
-    assert answer["new"] == 2 and any("not closed" in warning for warning in answer["warnings"])
+    assert answer["new"] == 2
+    assert any("not closed" in warning for warning in answer["warnings"])
     answer = await put(client, "BTC", candles=sent[2:], interval="1h")
     assert answer["received"] == 0
 
@@ -49,7 +51,8 @@ async def test_candles_off_the_stored_grid_are_refused(client: Any, rows: Any) -
     await put(client, "BTC", candles=sent[:5], interval="1h")
     shifted = [[row[0] - 60_000, *row[1:]] for row in sent[5:]]
     answer = await client.put("/candles/BTC", json={"candles": shifted, "interval": "1h"})
-    assert answer.status_code == 422 and answer.json()["code"] == "off_grid"
+    assert answer.status_code == 422
+    assert answer.json()["code"] == "off_grid"
     assert answer.json()["errors"][0]["pointer"] == "/candles/0/0"
 
 

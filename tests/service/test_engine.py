@@ -24,7 +24,7 @@ def ask(client: Any, rows: Any, **body: Any) -> asyncio.Task[Any]:
     return asyncio.create_task(client.post("/forecast/BTC", json=NAIVE | {"candles": rows(8), **body}))
 
 
-async def held(client: Any, app: Any, rows: Any, faulty: Any) -> asyncio.Task[Any]:
+async def held(client: Any, rows: Any, faulty: Any) -> asyncio.Task[Any]:
     """A request that the engine is computing and will go on computing until `faulty.open` is set."""
     faulty.open.clear()
     faulty.entered.clear()
@@ -39,7 +39,7 @@ def waiting(app: Any) -> int:
 
 async def test_whatever_waits_becomes_one_batch(running: Any, rows: Any, faulty: Any, faulty_build: Any) -> None:
     async with running(build=faulty_build) as (client, app):
-        first = await held(client, app, rows, faulty)
+        first = await held(client, rows, faulty)
         others = [ask(client, rows, seed=seed) for seed in range(1, 13)]
         await until(lambda: waiting(app) == 12)
         faulty.open.set()
@@ -50,7 +50,7 @@ async def test_whatever_waits_becomes_one_batch(running: Any, rows: Any, faulty:
 
 async def test_a_batch_holds_no_more_than_its_rows(running: Any, rows: Any, faulty: Any, faulty_build: Any) -> None:
     async with running(build=faulty_build, max_batch_rows=4) as (client, app):
-        first = await held(client, app, rows, faulty)
+        first = await held(client, rows, faulty)
         others = [ask(client, rows, seed=seed) for seed in range(1, 11)]
         await until(lambda: waiting(app) == 10)
         faulty.open.set()
@@ -62,7 +62,7 @@ async def test_the_bucket_with_the_oldest_deadline_goes_first(
     running: Any, rows: Any, faulty: Any, faulty_build: Any
 ) -> None:
     async with running(build=faulty_build) as (client, app):
-        first = await held(client, app, rows, faulty)
+        first = await held(client, rows, faulty)
         others = []
         for seed, (horizon, timeout) in enumerate([(5, 9000), (7, 6000), (5, 9000), (7, 8000)], 1):
             others.append(ask(client, rows, seed=seed, horizon=horizon, timeout_ms=timeout))
@@ -76,11 +76,12 @@ async def test_a_full_queue_answers_503_with_retry_after(
     running: Any, rows: Any, faulty: Any, faulty_build: Any
 ) -> None:
     async with running(build=faulty_build, max_queue=2) as (client, app):
-        first = await held(client, app, rows, faulty)
+        first = await held(client, rows, faulty)
         others = [ask(client, rows, seed=seed) for seed in (1, 2)]
         await until(lambda: waiting(app) == 2)
         refused = await ask(client, rows)
-        assert refused.status_code == 503 and refused.json()["code"] == "overloaded"
+        assert refused.status_code == 503
+        assert refused.json()["code"] == "overloaded"
         assert int(refused.headers["retry-after"]) >= 1
         faulty.open.set()
         assert {answer.status_code for answer in await asyncio.gather(first, *others)} == {200}
@@ -89,10 +90,11 @@ async def test_a_full_queue_answers_503_with_retry_after(
 async def test_a_late_request_answers_504_and_is_never_computed(
     running: Any, rows: Any, faulty: Any, faulty_build: Any
 ) -> None:
-    async with running(build=faulty_build) as (client, app):
-        first = await held(client, app, rows, faulty)
+    async with running(build=faulty_build) as (client, _):
+        first = await held(client, rows, faulty)
         late = await ask(client, rows, seed=1, timeout_ms=30)
-        assert late.status_code == 504 and late.json()["code"] == "deadline_exceeded"
+        assert late.status_code == 504
+        assert late.json()["code"] == "deadline_exceeded"
         faulty.open.set()
         assert (await first).status_code == 200
         assert (await ask(client, rows, seed=2)).status_code == 200
@@ -103,7 +105,7 @@ async def test_a_cancelled_row_is_dropped_before_the_batch(
     running: Any, rows: Any, faulty: Any, faulty_build: Any
 ) -> None:
     async with running(build=faulty_build, max_queue=2) as (client, app):
-        first = await held(client, app, rows, faulty)
+        first = await held(client, rows, faulty)
         gone, kept = ask(client, rows, seed=1), ask(client, rows, seed=2)
         await until(lambda: waiting(app) == 2)
         gone.cancel()
@@ -122,8 +124,10 @@ async def test_a_failing_batch_fails_its_requests_and_nothing_else(
     async with running(build=faulty_build) as (client, _):
         faulty.failure = RuntimeError("secret of the machine")
         broken = await ask(client, rows)
-        assert broken.status_code == 500 and broken.json()["code"] == "internal_error"
-        assert "secret" not in broken.text and broken.headers["content-type"] == "application/problem+json"
+        assert broken.status_code == 500
+        assert broken.json()["code"] == "internal_error"
+        assert "secret" not in broken.text
+        assert broken.headers["content-type"] == "application/problem+json"
         assert (await ask(client, rows)).status_code == 200
         assert (await client.get("/livez")).status_code == 200
 
@@ -134,7 +138,8 @@ async def test_a_forecast_that_is_not_finite_never_leaves(
     async with running(build=faulty_build) as (client, _):
         faulty.spoil = True
         answer = await ask(client, rows)
-    assert answer.status_code == 500 and answer.json()["code"] == "model_output_invalid"
+    assert answer.status_code == 500
+    assert answer.json()["code"] == "model_output_invalid"
     assert "NaN" not in answer.text
 
 
@@ -150,12 +155,13 @@ async def test_whatever_waits_at_shutdown_is_answered_503(
     running: Any, rows: Any, faulty: Any, faulty_build: Any
 ) -> None:
     async with running(build=faulty_build) as (client, app):
-        first = await held(client, app, rows, faulty)
+        first = await held(client, rows, faulty)
         second = ask(client, rows, seed=1)
         await until(lambda: waiting(app) == 1)
         stopping = asyncio.create_task(app.state.services.engine.stop())
         refused = await second
-        assert refused.status_code == 503 and refused.json()["code"] == "not_ready"
+        assert refused.status_code == 503
+        assert refused.json()["code"] == "not_ready"
         faulty.open.set()
         await stopping
         assert (await first).status_code == 200
@@ -166,7 +172,7 @@ async def test_whatever_waits_at_shutdown_is_answered_503(
 async def test_a_disconnected_caller_leaves_the_queue(running: Any, rows: Any, faulty: Any, faulty_build: Any) -> None:
     """Over ASGI itself, where a hang-up is a message."""
     async with running(build=faulty_build) as (client, app):
-        first = await held(client, app, rows, faulty)
+        first = await held(client, rows, faulty)
         hang_up = asyncio.Event()
         body = json.dumps(NAIVE | {"candles": rows(8), "seed": 1}).encode()
         messages = iter([{"type": "http.request", "body": body, "more_body": False}])

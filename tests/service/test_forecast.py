@@ -27,17 +27,22 @@ async def test_candles_in_the_body_are_forecast(client: Any, rows: Any, now: int
     assert answer["forecast"][0][1:] == [last[4], last[4], last[4], last[4], last[5]]
     assert answer["quantiles"].keys() == {"high", "low", "close"}
     assert answer["quantiles"]["close"]["0.1"] == [last[4]] * 3
-    assert answer["naive"] == {"close": last[4]} and answer["last_close"] == last[4]
-    assert answer["as_of"] == last[0] + HOUR and answer["issued_at"] == now
+    assert answer["naive"] == {"close": last[4]}
+    assert answer["last_close"] == last[4]
+    assert answer["as_of"] == last[0] + HOUR
+    assert answer["issued_at"] == now
     assert answer["data_age_seconds"] == (now - answer["as_of"]) / 1000
-    assert answer["calendar"] == "24/7" and answer["interval"] == "1h" and answer["horizon"] == 3
+    assert answer["calendar"] == "24/7"
+    assert answer["interval"] == "1h"
+    assert answer["horizon"] == 3
 
 
 async def test_a_bare_request_asks_toto_about_the_stored_history(client: Any, rows: Any) -> None:
     assert (await client.put("/candles/AAPL", json={"candles": rows(100)})).status_code == 200
     answer = await client.post("/forecast/aapl")
     assert answer.status_code == 200, answer.text
-    assert answer.json()["model"]["name"] == "toto-demo" and answer.json()["symbol"] == "AAPL"
+    assert answer.json()["model"]["name"] == "toto-demo"
+    assert answer.json()["symbol"] == "AAPL"
     assert answer.json()["meta"]["context"] == 100
 
 
@@ -71,7 +76,8 @@ async def test_the_unclosed_last_candle_is_left_out_and_said_so(client: Any, row
     sent = rows(9, end=now + HOUR)
     assert sent[-1][0] < now < sent[-1][0] + HOUR
     answer = await forecast(client, candles=sent)
-    assert answer["as_of"] == sent[-2][0] + HOUR and answer["last_close"] == sent[-2][4]
+    assert answer["as_of"] == sent[-2][0] + HOUR
+    assert answer["last_close"] == sent[-2][4]
     assert any("not closed" in warning for warning in answer["warnings"])
 
 
@@ -87,7 +93,8 @@ async def test_as_of_reaches_back_into_the_history(client: Any, rows: Any) -> No
     sent = rows(10)
     await client.put("/candles/BTC", json={"candles": sent, "interval": "1h"})
     answer = await forecast(client, "BTC", as_of=sent[5][0] + HOUR)
-    assert answer["last_close"] == sent[5][4] and "stale_history" not in answer["reasons"]
+    assert answer["last_close"] == sent[5][4]
+    assert "stale_history" not in answer["reasons"]
 
 
 async def test_lookback_keeps_the_newest_candles(client: Any, rows: Any) -> None:
@@ -97,7 +104,8 @@ async def test_lookback_keeps_the_newest_candles(client: Any, rows: Any) -> None
 
 async def test_the_interval_is_taken_from_the_candles_with_a_warning(client: Any, rows: Any) -> None:
     answer = await forecast(client, candles=rows(), interval=None)
-    assert answer["interval"] == "1h" and any("interval" in warning for warning in answer["warnings"])
+    assert answer["interval"] == "1h"
+    assert any("interval" in warning for warning in answer["warnings"])
 
 
 async def test_sixty_minutes_are_an_hour(client: Any, rows: Any) -> None:
@@ -112,7 +120,10 @@ async def test_a_pair_may_be_written_with_its_slash(client: Any, rows: Any) -> N
 async def test_returns_are_logarithmic(client: Any, rows: Any) -> None:
     answer = await forecast(client, candles=rows())
     assert answer["returns"]["cumulative"]["point"] == [0.0] * 3
-    assert answer["returns"]["step"] == {"point": [0.0] * 3, "quantiles": {"0.1": [0.0] * 3, "0.5": [0.0] * 3, "0.9": [0.0] * 3}}
+    assert answer["returns"]["step"] == {
+        "point": [0.0] * 3,
+        "quantiles": {"0.1": [0.0] * 3, "0.5": [0.0] * 3, "0.9": [0.0] * 3},
+    }
     assert answer["returns"]["prob_up"] == [0.5] * 3
 
 
@@ -148,7 +159,9 @@ async def test_daily_exchange_candles_are_forecast_on_trading_days(client: Any) 
 
 async def test_a_version_without_an_evaluation_does_not_predict(client: Any, rows: Any) -> None:
     answer = await forecast(client, candles=rows())
-    assert answer["do_predict"] == 0 and answer["reasons"] == ["no_baseline"] and answer["skill"] is None
+    assert answer["do_predict"] == 0
+    assert answer["reasons"] == ["no_baseline"]
+    assert answer["skill"] is None
 
 
 def evaluation(low: float, high: float) -> dict[str, Any]:
@@ -190,7 +203,8 @@ async def test_an_old_history_is_answered_but_called_stale(client: Any, put_naiv
     await client.put("/candles/OLD", json={"candles": rows(end=now - 1000 * HOUR), "interval": "1h"})
     await client.put("/candles/FRESH", json={"candles": rows(), "interval": "1h"})
     old = await forecast(client, "OLD", model="scored")
-    assert old["do_predict"] == 0 and old["reasons"] == ["stale_history"]
+    assert old["do_predict"] == 0
+    assert old["reasons"] == ["stale_history"]
     assert (await forecast(client, "FRESH", model="scored"))["do_predict"] == 1
 
 
@@ -200,9 +214,11 @@ async def test_serving_defaults_of_the_version_apply_until_the_request_says_othe
     put_naive("brief", serving={"horizon": 5, "lookback": 6})
     await client.put("/candles/BTC", json={"candles": rows(50), "interval": "1h"})
     answer = await client.post("/forecast/BTC", json={"model": "brief"})
-    assert answer.json()["horizon"] == 5 and answer.json()["meta"]["context"] == 6
+    assert answer.json()["horizon"] == 5
+    assert answer.json()["meta"]["context"] == 6
     answer = await client.post("/forecast/BTC", json={"model": "brief", "horizon": 2, "lookback": 7})
-    assert answer.json()["horizon"] == 2 and answer.json()["meta"]["context"] == 7
+    assert answer.json()["horizon"] == 2
+    assert answer.json()["meta"]["context"] == 7
 
 
 async def test_a_promoted_version_answers_the_next_request(client: Any, put_naive: Any, rows: Any) -> None:

@@ -45,7 +45,8 @@ async def test_candles_come_back_bit_for_bit(history: History) -> None:
     timestamps, candles = series(4096)
     assert await put(history, timestamps, candles) == PutCounts(4096, 0, 0)
     stored = await history.read("BTC", "1h", 4096)
-    assert (stored[0] == timestamps).all() and (stored[1] == candles).all()
+    assert (stored[0] == timestamps).all()
+    assert (stored[1] == candles).all()
 
 
 async def test_sending_again_changes_nothing(history: History) -> None:
@@ -62,7 +63,8 @@ async def test_a_restated_candle_is_replaced_in_place(history: History) -> None:
     restated[[3, 650]] *= 2
     assert await put(history, timestamps, restated) == PutCounts(0, 698, 2)
     stored = await history.read("BTC", "1h", 700)
-    assert (stored[0] == timestamps).all() and (stored[1] == restated).all()
+    assert (stored[0] == timestamps).all()
+    assert (stored[1] == restated).all()
 
 
 async def test_the_order_of_arrival_does_not_matter(history: History) -> None:
@@ -71,14 +73,16 @@ async def test_the_order_of_arrival_does_not_matter(history: History) -> None:
         rows = np.sort(part)
         assert await put(history, timestamps[rows], candles[rows]) == PutCounts(len(rows), 0, 0)
     stored = await history.read("BTC", "1h", 1500)
-    assert (stored[0] == timestamps).all() and (stored[1] == candles).all()
+    assert (stored[0] == timestamps).all()
+    assert (stored[1] == candles).all()
 
 
 async def test_the_newest_before_an_instant_are_read(history: History) -> None:
     timestamps, candles = series(1500)
     await put(history, timestamps, candles)
     stored = await history.read("BTC", "1h", 10, before=int(timestamps[777]))
-    assert (stored[0] == timestamps[767:777]).all() and (stored[1] == candles[767:777]).all()
+    assert (stored[0] == timestamps[767:777]).all()
+    assert (stored[1] == candles[767:777]).all()
     assert len((await history.read("BTC", "1h", 10, before=int(timestamps[0])))[0]) == 0
 
 
@@ -87,7 +91,8 @@ async def test_a_sparse_history_is_read_across_its_holes(history: History) -> No
     sparse = hours * 9
     await put(history, sparse, candles)
     stored = await history.read("BTC", "1h", 3000)
-    assert (stored[0] == sparse[-3000:]).all() and (stored[1] == candles[-3000:]).all()
+    assert (stored[0] == sparse[-3000:]).all()
+    assert (stored[1] == candles[-3000:]).all()
 
 
 async def test_the_stored_format_never_changes_unnoticed(history: History, state: State) -> None:
@@ -103,13 +108,17 @@ async def test_symbols_are_listed_with_their_first_and_last_candle(history: Hist
     await history.put("BTC", "1h", timestamps[:3], candles[:3], DAILY)
     await history.put("AAPL", "1d", timestamps[:1] // 24 * 24, candles[:1], StoredCalendar("XNYS", inferred=False))
     listed = await history.symbols()
-    assert [(one.symbol, one.interval, one.calendar) for one in listed] == [("AAPL", "1d", "XNYS"), ("BTC", "1h", "24/7")]
+    assert [(one.symbol, one.interval, one.calendar) for one in listed] == [
+        ("AAPL", "1d", "XNYS"),
+        ("BTC", "1h", "24/7"),
+    ]
     assert (listed[1].first, listed[1].last) == (timestamps[0], timestamps[-1])
     assert await history.calendars("AAPL") == {"1d": StoredCalendar("XNYS", inferred=False)}
 
 
 async def test_nothing_stored_is_empty(history: History) -> None:
-    assert await history.symbols() == [] and await history.calendars("BTC") == {}
+    assert await history.symbols() == []
+    assert await history.calendars("BTC") == {}
     assert len((await history.read("BTC", "1h", 10))[0]) == 0
 
 

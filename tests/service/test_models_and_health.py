@@ -18,7 +18,8 @@ async def test_models_say_what_they_are_asked_for_as(client: Any, rows: Any) -> 
     await client.post("/forecast/BTC", json=NAIVE | {"candles": rows()})
     listed = {model["name"]: model for model in (await client.get("/models")).json()["models"]}
     assert listed.keys() == {"naive", "toto-demo"}
-    assert listed["naive"]["loaded"] and not listed["toto-demo"]["loaded"]
+    assert listed["naive"]["loaded"]
+    assert not listed["toto-demo"]["loaded"]
     assert listed["toto-demo"]["asked_for_as"][:2] == ["toto", "toto-demo"]
     assert "production" in listed["naive"]["aliases"]
     assert listed["naive"]["limits"]["max_horizon"] == 512
@@ -34,13 +35,14 @@ async def test_requests_for_one_version_share_one_load(running: Any, rows: Any, 
     async with running(build=build) as (client, _):
         body = NAIVE | {"candles": rows()}
         answers = await asyncio.gather(*(client.post("/forecast/BTC", json=body) for _ in range(8)))
-    assert {answer.status_code for answer in answers} == {200} and loads == ["naive"]
+    assert {answer.status_code for answer in answers} == {200}
+    assert loads == ["naive"]
 
 
 async def test_a_version_that_does_not_load_is_503_and_tried_again(running: Any, rows: Any, faulty: Any) -> None:
     failures = [ValueError("weights do not fit")]
 
-    def build(*arguments: Any) -> Any:
+    def build(*_: Any) -> Any:
         if failures:
             raise failures.pop()
         return faulty
@@ -48,7 +50,8 @@ async def test_a_version_that_does_not_load_is_503_and_tried_again(running: Any,
     async with running(build=build) as (client, _):
         body = NAIVE | {"candles": rows()}
         refused = await client.post("/forecast/BTC", json=body)
-        assert refused.status_code == 503 and refused.json()["code"] == "model_unavailable"
+        assert refused.status_code == 503
+        assert refused.json()["code"] == "model_unavailable"
         assert "weights" not in refused.text
         assert (await client.post("/forecast/BTC", json=body)).status_code == 200
 
@@ -59,13 +62,15 @@ async def test_damaged_weights_are_never_served(running: Any, rows: Any, store: 
     path.write_bytes(path.read_bytes() + b" ")
     async with running() as (client, _):
         answer = await client.post("/forecast/BTC", json=NAIVE | {"model": "broken", "candles": rows()})
-        assert answer.status_code == 503 and answer.json()["code"] == "model_unavailable"
+        assert answer.status_code == 503
+        assert answer.json()["code"] == "model_unavailable"
 
 
 async def test_probes_are_green_while_the_service_runs(client: Any) -> None:
     for probe in ("livez", "readyz", "startupz"):
         answer = await client.get(f"/{probe}")
-        assert answer.status_code == 200 and answer.json() == {"status": "ok", "degraded": []}
+        assert answer.status_code == 200
+        assert answer.json() == {"status": "ok", "degraded": []}
 
 
 async def scrape(app: Any) -> str:
@@ -99,7 +104,8 @@ async def test_metrics_count_what_happened(running: Any, rows: Any) -> None:
         'candlecast_redis_command_duration_seconds_count{op="history_read"} 2.0',
     ):
         assert line in text, line
-    assert "_created" not in text and "BTC" not in text
+    assert "_created" not in text
+    assert "BTC" not in text
 
 
 async def test_strange_paths_and_symbols_add_no_series(running: Any, rows: Any) -> None:

@@ -23,7 +23,8 @@ def new_state(home: Path, url: str | None = None) -> State:
 
 
 def server_pid(state: State) -> int:
-    assert state._server and state._server._process
+    assert state._server
+    assert state._server._process
     return state._server._process.pid
 
 
@@ -63,7 +64,8 @@ async def test_a_server_that_outlived_its_service_is_replaced_with_its_data(tmp_
     killed = new_state(tmp_path)
     await killed.start()
     await killed.redis.set("key", "kept")
-    assert killed._server and killed._server._lock
+    assert killed._server
+    assert killed._server._lock
     killed._server._lock.close()  # what the system does to a process that was killed
     orphan = server_pid(killed)
     survivor = new_state(tmp_path)
@@ -95,15 +97,18 @@ async def test_a_home_too_long_for_a_socket_says_so(tmp_path: Path) -> None:
 async def test_without_redis_bodies_are_forecast_and_labelled_degraded(running: Any, rows: Any) -> None:
     async with running(redis_url="redis://127.0.0.1:1/0") as (client, app):
         answer = await client.post("/forecast/BTC", json=NAIVE | {"candles": rows()})
-        assert answer.status_code == 200 and answer.json()["meta"]["degraded"] == ["history"]
+        assert answer.status_code == 200
+        assert answer.json()["meta"]["degraded"] == ["history"]
         for method, path in (("POST", "/forecast/BTC"), ("GET", "/candles/BTC"), ("GET", "/symbols")):
             refused = await client.request(method, path)
-            assert refused.status_code == 503 and refused.json()["code"] == "history_unavailable"
+            assert refused.status_code == 503
+            assert refused.json()["code"] == "history_unavailable"
             assert refused.headers["retry-after"] == "2"
         put = await client.put("/candles/BTC", json={"candles": rows()})
         assert put.status_code == 503
         ready = await client.get("/readyz")
-        assert ready.status_code == 200 and ready.json()["degraded"] == ["history"]
+        assert ready.status_code == 200
+        assert ready.json()["degraded"] == ["history"]
         metrics = app.state.services.metrics.registry
         assert metrics.get_sample_value("candlecast_degraded", {"reason": "redis_state"}) == 1
 

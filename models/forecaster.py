@@ -99,6 +99,10 @@ class Forecaster(Protocol):
     family: str
     limits: Limits
 
+    def check(self, item: ForecastInput) -> None:
+        """Raise ModelError if this version cannot answer `item`: once it waits in a batch it must not fail there."""
+        ...
+
     def bucket(self, item: ForecastInput) -> Hashable:
         """Requests with equal buckets may share a batch; a function of the request alone."""
         ...
@@ -111,7 +115,9 @@ class Forecaster(Protocol):
 
 
 def forecast(forecaster: Forecaster, inputs: Sequence[ForecastInput]) -> list[Forecast]:
-    """Prepare, run and finish `inputs` of one bucket."""
+    """Check, prepare, run and finish `inputs` of one bucket."""
+    for item in inputs:
+        forecaster.check(item)
     batch = forecaster.prepare(inputs)
     return forecaster.finish(forecaster.run(batch), batch)
 

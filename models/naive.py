@@ -22,6 +22,8 @@ class NaiveForecaster:
     family = "naive"
     limits = Limits(min_context=1, max_context=4096, max_horizon=512)
 
+    def check(self, item: ForecastInput) -> None: ...
+
     def bucket(self, item: ForecastInput) -> Hashable:
         return ()
 

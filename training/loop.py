@@ -69,6 +69,7 @@ def fit(objective: Objective, phase: Phase, report: Report) -> Run:
         objective.after_step()
         losses.append(value)
         report(done, f"step {step + 1}, loss {_tail_mean(losses):.4f}")
+    report(1.0, f"{len(losses)} steps, loss {_tail_mean(losses):.4f}")
     return Run(len(losses), time.monotonic() - started, _tail_mean(losses))
 
 

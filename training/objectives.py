@@ -76,7 +76,11 @@ class TotoLikelihood:
 
 @dataclass
 class _KronosWindows:
-    """Normalised windows: statistics from the lookback only, half the batches with mirrored bars."""
+    """Normalised windows: statistics from the lookback only, every bar mirrored or not by the toss of a coin.
+
+    What is left to learn is volatility, shapes and gaps; a few years of a few symbols would teach a direction
+    that does not last.
+    """
 
     sampler: WindowSampler
     lookback: int
@@ -85,9 +89,8 @@ class _KronosWindows:
     def draw(self, rows: int) -> tuple[Tensor, Tensor]:
         """Candles `[B, L, 6]` and calendar features `[B, L, 5]`."""
         windows = self.sampler.draw(rows, self.rng)
-        candles = windows.candles
-        if self.rng.random() < 0.5:
-            candles = scale_moves(candles, np.where(self.rng.random(candles.shape[:2]) < 0.5, -1.0, 1.0))
+        signs = np.where(self.rng.random(windows.candles.shape[:2]) < 0.5, -1.0, 1.0)
+        candles = scale_moves(windows.candles, signs)
         stamps = np.stack([calendar_features(local) for local in windows.local_times])
         return torch.from_numpy(normalised_windows(candles, self.lookback)), torch.from_numpy(stamps)
 

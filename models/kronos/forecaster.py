@@ -15,6 +15,7 @@ from models.forecaster import (
     Forecast,
     ForecastInput,
     Limits,
+    ModelError,
     Raw,
     bucket_of,
     checked,
@@ -62,6 +63,12 @@ class KronosForecaster:
         load_strictly(both, weights, "Kronos")
         both.to(device)
         return cls(tokenizer, predictor, max_context=config["context"], anchor=config.get("anchor", False))
+
+    def check(self, item: ForecastInput) -> None:
+        try:
+            parse_aggregate(item.aggregate)
+        except ValueError as error:
+            raise ModelError(str(error), "aggregate") from error
 
     def bucket(self, item: ForecastInput) -> Hashable:
         return (

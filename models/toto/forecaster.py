@@ -87,6 +87,12 @@ class TotoForecaster:
             log_scales=(float(scales[0]), float(scales[1])) if scales else None,
         )
 
+    def check(self, item: ForecastInput) -> None:
+        if item.aggregate not in ("median", "mean"):
+            raise ModelError(f"Toto has no paths: aggregate {item.aggregate!r} is not median or mean", "aggregate")
+        if item.aggregate == "mean" and not self._transform.has_mean:
+            raise ModelError("this version forecasts logarithms, whose price has no mean: use median", "aggregate")
+
     def bucket(self, item: ForecastInput) -> Hashable:
         return bucket_of(len(item.candles), self._contexts)
 
@@ -117,10 +123,6 @@ class TotoForecaster:
 
     def _forecast(self, item: ForecastInput, steps: Mixture, loc: Tensor, scale: Tensor) -> Forecast:
         """`steps` is `[V, H, K]` in the scaler's units; location and scale `[V]` undo it."""
-        if item.aggregate not in ("median", "mean"):
-            raise ModelError(f"Toto has no paths: aggregate {item.aggregate!r} is not median or mean", "aggregate")
-        if item.aggregate == "mean" and not self._transform.has_mean:
-            raise ModelError("this version forecasts logarithms, whose price has no mean: use median", "aggregate")
         close = self._transform.encode(item.candles, len(item.candles))[-1, CLOSE]
         prob_up = 1 - student_mixture.cdf(_variate(steps, CLOSE), (torch.tensor(close) - loc[CLOSE]) / scale[CLOSE])
         central = (

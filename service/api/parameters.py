@@ -6,7 +6,6 @@ from typing import Any, Final
 
 from model_store.manifest import ModelLimits
 from models.forecaster import ModelError, Sampling
-from models.quantiles import parse_aggregate
 from service.api.errors import InputError
 from service.api.schemas import ForecastRequest
 from service.engine.registry import LoadedModel
@@ -49,7 +48,7 @@ def settle(request: ForecastRequest, model: LoadedModel) -> Parameters:
         levels=tuple(request.quantiles),
         sampling=Sampling(**settled),
         draws=draws,
-        aggregate=_aggregate(request.aggregate or serving.get("aggregate", "median"), model.family),
+        aggregate=request.aggregate or serving.get("aggregate", "median"),
         paths=request.paths,
     )
 
@@ -71,16 +70,6 @@ def _refuse_unused(request: ForecastRequest, family: str, draws: bool) -> None:
         unused.append("aggregate")
     if unused:
         raise ModelError(f"{family} does not use this parameter for this horizon: leave it out", unused[0])
-
-
-def _aggregate(spec: str, family: str) -> str:
-    try:
-        parse_aggregate(spec)
-    except ValueError:
-        raise InputError("names no way to combine paths: use median, mean, trimmed_mean_10, …", "/aggregate") from None
-    if family == "toto" and spec not in ("median", "mean"):
-        raise ModelError("toto's aggregate is median or mean", "aggregate")
-    return spec
 
 
 def _lookback(request: ForecastRequest, model: LoadedModel, horizon: int) -> int:

@@ -150,11 +150,10 @@ async def test_bad_fields_are_named(client: Any, rows: Any, name: str) -> None:
 
 async def test_toto_refuses_what_it_does_not_use(client: Any, put_naive: Any, rows: Any) -> None:
     put_naive("toto-demo", family="toto")
-    for fields in ({"samples": 8}, {"paths": True}, {"aggregate": "trimmed_mean_10"}, {"top_k": 1}):
+    for fields in ({"samples": 8}, {"paths": True}, {"top_k": 1}):
         answer = await client.post("/forecast/BTC", json={"candles": rows(), **fields})
         assert_problem(answer, 422, "unsupported_parameter", f"/{next(iter(fields))}")
-    for fields in ({"aggregate": "mean"}, {"seed": 3}):
-        assert (await client.post("/forecast/BTC", json={"candles": rows(), **fields})).status_code == 200
+    assert (await client.post("/forecast/BTC", json={"candles": rows(), "seed": 3})).status_code == 200
 
 
 async def test_kronos_counts_lookback_and_horizon_together(client: Any, put_naive: Any, rows: Any) -> None:
@@ -166,8 +165,6 @@ async def test_kronos_counts_lookback_and_horizon_together(client: Any, put_naiv
     assert answer.json()["meta"]["samples"] == 32
     body = {"model": "kronos", "candles": rows(500), "horizon": 100, "lookback": 413}
     assert_problem(await client.post("/forecast/BTC", json=body), 422, "lookback_out_of_range", "/lookback")
-    body = {"model": "kronos", "candles": rows(500), "aggregate": "avg"}
-    assert_problem(await client.post("/forecast/BTC", json=body), 422, "invalid_input", "/aggregate")
 
 
 async def test_unknown_symbol_and_model_are_404(client: Any, rows: Any) -> None:

@@ -66,6 +66,7 @@ async def _answer(symbol: str, request: ForecastRequest, parts: Services, label:
         raise
     require_enough(len(series.timestamps), parameters, model.manifest.limits)
     item = _forecast_input(series, parameters, request.seed, model)
+    model.forecaster.check(item)
     computed = await parts.engine.submit(model, item, deadline)
     knowledge = instant_of_knowledge(request.as_of, issued_at)
     asked = Asked(model, series, parameters, item, issued_at, knowledge, parts.degraded)

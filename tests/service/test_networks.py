@@ -1,0 +1,117 @@
+"""Toto and Kronos themselves behind the API: tiny networks with random weights, real batches."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+
+from model_store.store import ModelStore
+from models.candles import check_candles, with_amount
+from models.families import build_forecaster
+from models.kronos.network import KronosPredictor, PredictorConfig
+from models.kronos.tokenizer import KronosTokenizer, TokenizerConfig
+from models.toto.network import TotoConfig, TotoNetwork
+
+pytestmark = pytest.mark.anyio
+
+TOTO = {
+    "patch_size": 64,
+    "stride": 64,
+    "embed_dim": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "mlp_hidden_dim": 64,
+    "spacewise_every_n_layers": 2,
+    "spacewise_first": False,
+    "scaler_cls": "<class 'model.scaler.CausalPatchStdMeanScaler'>",
+    "output_distribution_classes": ["<class 'model.distribution.MixtureOfStudentTsOutput'>"],
+    "output_distribution_kwargs": {"k_components": 3},
+}
+TOKENIZER = {
+    **{"d_in": 6, "d_model": 32, "n_heads": 4, "ff_dim": 64, "n_enc_layers": 2, "n_dec_layers": 2},
+    **{"s1_bits": 4, "s2_bits": 4, "beta": 0.05, "gamma0": 1.0, "gamma": 1.1, "zeta": 0.05, "group_size": 4},
+}
+PREDICTOR = {"s1_bits": 4, "s2_bits": 4, "n_layers": 2, "d_model": 32, "n_heads": 4, "ff_dim": 64, "learn_te": True}
+
+
+def put(store: ModelStore, family: str, config: dict[str, Any], network: torch.nn.Module) -> None:
+    limits = {"min_context": 2, "max_context": 512, "max_horizon": 64}
+    if family == "kronos":
+        limits = {"min_context": 2, "max_context": 127, "max_horizon": 126, "max_total": 128}
+    manifest = {
+        "model": f"{family}-demo",
+        "family": family,
+        "origin": {"kind": "trained", "source": "test"},
+        "limits": limits,
+        "created_at": "2025-01-01T00:00:00Z",
+    }
+    store.put(manifest, config, dict(network.state_dict()))
+    store.promote(f"{family}-demo", force="test")
+
+
+@pytest.fixture
+async def client(tmp_path: Any, running: Any) -> AsyncIterator[httpx.AsyncClient]:
+    torch.manual_seed(3)
+    store = ModelStore(tmp_path / "networks")
+    put(store, "toto", {"network": TOTO, "max_context": 512}, TotoNetwork(TotoConfig.from_published(TOTO)))
+    parts = {
+        "tokenizer": KronosTokenizer(TokenizerConfig.from_published(TOKENIZER)),
+        "predictor": KronosPredictor(PredictorConfig.from_published(PREDICTOR)),
+    }
+    config = {"tokenizer": TOKENIZER, "predictor": PREDICTOR, "context": 128}
+    put(store, "kronos", config, torch.nn.ModuleDict(parts))
+    async with running(build=build_forecaster, store_root=store.root) as (client, _):
+        yield client
+
+
+@pytest.mark.parametrize("model", ["toto", "kronos"])
+async def test_every_row_of_a_real_forecast_is_a_valid_candle(client: Any, rows: Any, model: str) -> None:
+    answer = await client.post("/forecast/BTC", json={"model": model, "candles": rows(100), "interval": "1h"})
+    assert answer.status_code == 200, answer.text
+    body = answer.json()
+    assert body["horizon"] == len(body["forecast"]) == (64 if model == "toto" else 30)
+
+    forecast = np.array(body["forecast"])
+    check_candles(with_amount(forecast[:, 1:]))
+    assert (np.diff(forecast[:, 0]) == 3_600_000).all()
+    assert ("quantiles" in body["returns"]["step"] and body["returns"]["step"]["quantiles"] is not None) == (
+        model == "kronos"
+    )
+
+
+@pytest.mark.parametrize("model", ["toto", "kronos"])
+async def test_forecast_has_the_same_bytes_alone_and_among_sixteen_others(client: Any, rows: Any, model: str) -> None:
+    body = {"model": model, "candles": rows(64), "interval": "1h", "seed": 7}
+    alone = (await client.post("/forecast/BTC", json=body)).json()
+    others = [{**body, "seed": 100 + i, "candles": rows(64 - i)} for i in range(16)]
+    requests = [*others[:9], body, *others[9:]]
+    answers = await asyncio.gather(*(client.post("/forecast/BTC", json=request) for request in requests))
+    together = answers[9].json()
+    assert together["meta"]["batch_rows"] > 1
+    assert together["forecast"] == alone["forecast"]
+    assert together["quantiles"] == alone["quantiles"]
+    assert together["returns"] == alone["returns"]
+
+
+async def test_another_seed_gives_other_paths(client: Any, rows: Any) -> None:
+    body = {"model": "kronos", "candles": rows(64), "interval": "1h", "paths": True, "samples": 8}
+    one, other = [(await client.post("/forecast/BTC", json={**body, "seed": seed})).json() for seed in (1, 2)]
+    assert len(one["paths"]) == 8
+    assert one["paths"] != other["paths"]
+
+
+@pytest.mark.parametrize(("model", "aggregate"), [("toto", "trimmed_mean_10"), ("kronos", "avg")])
+async def test_aggregate_that_the_model_cannot_give_is_422(client: Any, rows: Any, model: str, aggregate: str) -> None:
+    body = {"model": model, "candles": rows(64), "interval": "1h", "aggregate": aggregate}
+    answer = await client.post("/forecast/BTC", json=body)
+    assert answer.status_code == 422
+    assert answer.json()["errors"][0]["pointer"] == "/aggregate"
+
+
+async def test_mean_of_totos_mixture_is_answered(client: Any, rows: Any) -> None:
+    body = {"model": "toto", "candles": rows(64), "interval": "1h", "aggregate": "mean"}
+    assert (await client.post("/forecast/BTC", json=body)).status_code == 200

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.candles import CLOSE, PRICES, VARIATES
+from models.candles import CLOSE, OPEN, PRICES, VARIATES
 from models.forecaster import (
     QUANTILE_COLUMNS,
     Batch,
@@ -63,14 +63,24 @@ class TotoForecaster:
     family = "toto"
 
     def __init__(
-        self, network: TotoNetwork, *, max_context: int, log_scales: tuple[float, float] | None = None
+        self,
+        network: TotoNetwork,
+        *,
+        max_context: int,
+        log_scales: tuple[float, float] | None = None,
+        chain_opens: bool = False,
     ) -> None:
-        """`log_scales` (price, volume) selects models/toto/transform.py's LogScales."""
+        """`log_scales` (price, volume) selects models/toto/transform.py's LogScales.
+
+        `chain_opens` makes every open the close before it: a network whose location is each variate's own last
+        value would open for ever where the last candle did.
+        """
         self.network = network.eval()
         self.decoder = TotoDecoder(self.network).eval()
         patch = network.config.patch_size
         self.limits = Limits(min_context=2, max_context=max_context, max_horizon=patch)
         self._transform = transform_of(log_scales)
+        self._chain_opens = chain_opens
         self._contexts = [_TAIL * patch]
         while self._contexts[-1] < max_context:
             self._contexts.append(2 * self._contexts[-1])
@@ -85,6 +95,7 @@ class TotoForecaster:
             network.to(device),
             max_context=config["max_context"],
             log_scales=(float(scales[0]), float(scales[1])) if scales else None,
+            chain_opens=config.get("chain_opens", False),
         )
 
     def check(self, item: ForecastInput) -> None:
@@ -134,6 +145,8 @@ class TotoForecaster:
         scaled = torch.cat([central.unsqueeze(0), spread]) * scale.unsqueeze(-1) + loc.unsqueeze(-1)  # [1 + Q, V, H]
         rows = self._transform.decode(scaled.transpose(-1, -2).numpy(), item.candles)
         rows[..., PRICES] = np.maximum(rows[..., PRICES], _PRICE_FLOOR * item.last_close)
+        if self._chain_opens:
+            rows[0, :, OPEN] = np.concatenate([[item.last_close], rows[0, :-1, CLOSE]])
         return checked(
             Forecast(
                 point=rows[0],

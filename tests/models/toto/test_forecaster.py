@@ -93,6 +93,16 @@ def test_log_version_scales_with_prices_and_volumes(toto_tiny, make_request):
     np.testing.assert_allclose(other.point, one.point * np.array([8, 8, 8, 8, 16]), rtol=1e-6)
 
 
+def test_chained_opens_are_the_closes_before_them(toto_tiny, make_request):
+    torch.manual_seed(1)
+    network = TotoNetwork(TotoConfig.from_published(toto_tiny))
+    item = make_request(300, 16, seed=14)
+    point = forecast(TotoForecaster(network, max_context=512, chain_opens=True), [item])[0].point
+    assert point[0, 0] == item.last_close
+    np.testing.assert_array_equal(point[1:, 0], point[:-1, 3])
+    check_candles(with_amount(point))
+
+
 def test_log_scales_round_trip_and_look_only_at_the_context(make_walk):
     transform, candles = LogScales(100.0, 10.0), make_walk(128, seed=13)
     candles[5, 4] = 0.0

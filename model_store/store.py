@@ -33,7 +33,7 @@ _GATE: Final = "skill_vs_naive"
 _ALIASES: Final = TypeAdapter(dict[str, str])
 
 
-class StoreError(Exception):
+class StoreError(RuntimeError):
     """Something is wrong with the model store."""
 
 

@@ -96,7 +96,7 @@ def _fit_kronos(prepared: Prepared, reporter: Callable[[str], Report]) -> Traine
     recipe = prepared.recipe
     torch.manual_seed(recipe.seed)
     rng = np.random.default_rng(recipe.seed)
-    sampler = _sampler(prepared, recipe.context + recipe.horizon)
+    sampler = _sampler(prepared, recipe.context + recipe.objective.get("ahead", recipe.horizon))
     tokenizer = KronosTokenizer(TokenizerConfig.from_published(recipe.network["tokenizer"]))
     for blocks in (tokenizer.encoder, tokenizer.decoder):
         damp_residuals(blocks, 0.1)

@@ -32,8 +32,19 @@ TOTO = {
     "output_distribution_kwargs": {"k_components": 3},
 }
 TOKENIZER = {
-    "d_in": 6, "d_model": 32, "n_heads": 4, "ff_dim": 64, "n_enc_layers": 2, "n_dec_layers": 2,
-    "s1_bits": 4, "s2_bits": 4, "beta": 0.05, "gamma0": 1.0, "gamma": 1.1, "zeta": 0.05, "group_size": 4,
+    "d_in": 6,
+    "d_model": 32,
+    "n_heads": 4,
+    "ff_dim": 64,
+    "n_enc_layers": 2,
+    "n_dec_layers": 2,
+    "s1_bits": 4,
+    "s2_bits": 4,
+    "beta": 0.05,
+    "gamma0": 1.0,
+    "gamma": 1.1,
+    "zeta": 0.05,
+    "group_size": 4,
 }
 PREDICTOR = {"s1_bits": 4, "s2_bits": 4, "n_layers": 2, "d_model": 32, "n_heads": 4, "ff_dim": 64, "learn_te": True}
 

@@ -1,0 +1,171 @@
+"""The command line as a user types it: candles, two tiny trainings, evaluation, forecast, store, service."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PNG = b"\x89PNG\r\n\x1a\n"
+
+Candlecast = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("place")
+
+
+@pytest.fixture(scope="module")
+def environment(place: Path) -> dict[str, str]:
+    own = {name: value for name, value in os.environ.items() if not name.startswith("CANDLECAST_")}
+    return own | {
+        "CANDLECAST_STORE_ROOT": str(place / "store"),
+        "CANDLECAST_HOME": str(place / "home"),
+        "CANDLECAST_PORT": "0",
+        "CANDLECAST_ADMIN_PORT": "0",
+    }
+
+
+@pytest.fixture(scope="module")
+def candlecast(place: Path, environment: dict[str, str]) -> Candlecast:
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "candlecast.py"), *words]
+        return subprocess.run(command, capture_output=True, text=True, cwd=place, env=environment, timeout=300)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(place: Path, candlecast: Candlecast) -> dict[str, dict[str, Any]]:
+    """Manifests of the two demo recipes, cut down to a few steps."""
+    assert candlecast("sample-data", "--json").returncode == 0
+    manifests = {}
+    for name in ("toto-demo", "kronos-demo"):
+        text = (ROOT / "training" / "recipes" / f"{name}.toml").read_text()
+        text = re.sub(r"^steps = \d+", "steps = 3", text, flags=re.MULTILINE)
+        text = text.replace("[evaluate]\nstride = 16", "[evaluate]\nstride = 400").replace(
+            "samples = 64", "samples = 8"
+        )
+        (place / f"{name}.toml").write_text(text)
+        done = candlecast("train", f"{name}.toml", "--json")
+        assert done.returncode == 0, done.stderr
+        manifests[name] = json.loads(done.stdout)
+    return manifests
+
+
+def test_every_verb_explains_itself(candlecast: Candlecast) -> None:
+    shown = candlecast("--help").stdout
+    for verb in ("serve", "train", "evaluate", "forecast", "sample-data", "store"):
+        assert re.search(rf"^  {verb}\b", shown, re.MULTILINE)
+        assert "--json" in candlecast(verb, "--help").stdout or verb == "store"
+
+
+def test_training_publishes_a_version_with_its_scores(trained: dict[str, dict[str, Any]]) -> None:
+    for manifest in trained.values():
+        assert {e["windows"] for e in manifest["evaluations"]} == {"test", "unseen"}
+        for evaluation in manifest["evaluations"]:
+            for metric in ("mae_log_return", "skill_vs_naive", "coverage_80", "crps"):
+                assert evaluation["metrics"][metric]["naive"] is not None
+        assert "IBM" not in manifest["training"]["symbols"]
+        assert manifest["training"]["end"] < "2009-01-01"
+        assert manifest["baselines"]
+
+
+def test_training_again_with_if_missing_trains_nothing(candlecast: Candlecast, trained: Any) -> None:
+    done = candlecast("train", "toto-demo.toml", "--if-missing", "--json")
+    assert json.loads(done.stdout)["version"] == trained["toto-demo"]["version"]
+
+
+def test_store_lists_shows_and_verifies(candlecast: Candlecast, trained: Any) -> None:
+    rows = json.loads(candlecast("store", "list", "--json").stdout)
+    assert {row["model"].split("@")[0] for row in rows} == {"toto-demo", "kronos-demo"}
+    assert all(row["aliases"] == "candidate,production" for row in rows)
+    assert json.loads(candlecast("store", "show", "toto-demo").stdout) == trained["toto-demo"]
+    assert candlecast("store", "verify", "kronos-demo").returncode == 0
+    assert candlecast("store", "promote", "kronos-demo", "--force", "a test").returncode == 0
+
+
+@pytest.mark.usefixtures("trained")
+def test_forecast_prints_a_table_and_draws_the_fan(candlecast: Candlecast, place: Path) -> None:
+    done = candlecast("forecast", "aapl", "--model", "kronos-demo", "--plot", "aapl.png", "--horizon", "5")
+    assert done.returncode == 0, done.stderr
+    assert "2013-03-04" in done.stdout  # the Monday after the last candle
+    assert (place / "aapl.png").read_bytes().startswith(PNG)
+    rows = json.loads(candlecast("forecast", "AAPL", "--horizon", "5", "--json").stdout)["forecast"]
+    assert len(rows) == 5
+
+
+@pytest.mark.usefixtures("trained")
+def test_evaluate_scores_models_side_by_side_on_the_same_origins(candlecast: Candlecast) -> None:
+    words = ("evaluate", "--models", "toto-demo,kronos-demo", "--stride", "400", "--samples", "8", "--json")
+    entries = json.loads(candlecast(*words).stdout)
+    assert len(entries) == 2
+    assert entries[0]["origins"] == entries[1]["origins"] > 0
+    assert entries[0]["metrics"]["crps"]["naive"] == entries[1]["metrics"]["crps"]["naive"]
+
+
+@pytest.mark.usefixtures("trained")
+def test_evaluating_on_candles_a_model_was_trained_on_is_refused(candlecast: Candlecast) -> None:
+    done = candlecast("evaluate", "--models", "toto-demo", "--val-from", "2005-01-01")
+    assert done.returncode == 1
+    assert "was trained on candles up to" in done.stderr
+    done = candlecast("evaluate", "--models", "toto-demo", "--unseen", "AAPL", "--part", "unseen")
+    assert "trained on AAPL" in done.stderr
+
+
+@pytest.mark.usefixtures("trained")
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("forecast", "TSLA"), "it has: AAPL"),
+        (("forecast", "AAPL", "--model", "nobody"), "no nobody@production"),
+        (("store", "verify", "toto-demo@000000000000"), "toto-demo@000000000000"),
+        (("train", "nowhere.toml"), "does not exist"),
+    ],
+)
+def test_errors_are_one_line_that_says_what_is_missing(
+    candlecast: Candlecast, words: tuple[str, ...], said: str
+) -> None:
+    done = candlecast(*words)
+    assert done.returncode in (1, 2)
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.usefixtures("trained")
+def test_service_answers_both_models_from_the_loaded_history(place: Path, environment: dict[str, str]) -> None:
+    command = [sys.executable, str(ROOT / "candlecast.py"), "serve", "--load", "data/samples", "--json"]
+    service = subprocess.Popen(
+        command, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert service.stdout is not None
+        line = service.stdout.readline()
+        assert line, service.stderr and service.stderr.read()
+        url = json.loads(line)["url"]
+        for model, horizon in (("kronos", 30), ("toto", 64)):
+            first, again = (_post(f"{url}/forecast/AAPL", {"model": model, "seed": 1}) for _ in range(2))
+            assert len(first["forecast"]) == horizon
+            assert first["calendar"] == "XNYS"
+            assert first["forecast"] == again["forecast"]
+            assert first["quantiles"] == again["quantiles"]
+            assert "stale_history" in first["reasons"]
+    finally:
+        service.send_signal(signal.SIGTERM)
+        _, errors = service.communicate(timeout=30)
+    assert service.returncode in (0, -signal.SIGTERM), errors
+
+
+def _post(url: str, body: dict[str, Any]) -> Any:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)

@@ -1,0 +1,165 @@
+"""Objectives and initialisations, on the real sample candles."""
+
+from datetime import date
+
+import numpy as np
+import pytest
+import torch
+
+from models.forecaster import forecast
+from models.kronos.network import KronosPredictor, PredictorConfig
+from models.kronos.tokenizer import KronosTokenizer, TokenizerConfig
+from models.toto.forecaster import TotoForecaster
+from models.toto.network import TotoConfig, TotoNetwork
+from models.toto.transform import LogScales
+from training.evaluate import evaluate, summary
+from training.initial import start_at_random_walk, start_with_bits
+from training.loop import fit
+from training.objectives import NextToken, TokenizerReconstruction, TotoLikelihood, normalised_windows
+from training.recipe import Phase
+from training.windows import WindowSampler, forecast_input, rolling_origins, series_calendar, split_by_dates
+
+TOTO = {
+    "patch_size": 16,
+    "stride": 16,
+    "embed_dim": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "mlp_hidden_dim": 32,
+    "spacewise_every_n_layers": 2,
+    "spacewise_first": False,
+    "scaler_cls": "<class 'model.scaler.CausalPatchStdMeanScaler'>",
+    "output_distribution_classes": ["<class 'model.distribution.MixtureOfStudentTsOutput'>"],
+    "output_distribution_kwargs": {"k_components": 3},
+}
+TOKENIZER = {
+    "d_in": 6,
+    "d_model": 32,
+    "n_heads": 4,
+    "ff_dim": 64,
+    "n_enc_layers": 2,
+    "n_dec_layers": 2,
+    "s1_bits": 4,
+    "s2_bits": 4,
+    "beta": 0.05,
+    "gamma0": 1.0,
+    "gamma": 1.1,
+    "zeta": 0.05,
+    "group_size": 4,
+}
+PREDICTOR = {"s1_bits": 4, "s2_bits": 4, "n_layers": 1, "d_model": 32, "n_heads": 4, "ff_dim": 64, "learn_te": True}
+LOG = (100.0, 10.0)
+
+
+@pytest.fixture
+def split():
+    return split_by_dates(date(2009, 1, 1), date(2010, 6, 1), horizon=16, unseen=["IBM"])
+
+
+@pytest.fixture
+def toto():
+    torch.manual_seed(0)
+    network = TotoNetwork(TotoConfig.from_published(TOTO))
+    start_at_random_walk(network)
+    return network
+
+
+def test_start_is_the_naive_forecast_with_a_spread_that_grows(toto, samples):
+    item = next(item for item in samples if item.symbol == "AAPL")
+    request = forecast_input(item, 3000, horizon=16, lookback=128, calendar=series_calendar(item))
+    result = forecast(TotoForecaster(toto, max_context=128, log_scales=LOG), [request])[0]
+    np.testing.assert_allclose(result.quantiles["close"][1], request.last_close, rtol=1e-6)
+    spread = np.diff(np.log(result.quantiles["close"])[[0, 2]], axis=0)[0]
+    assert 1.6 < spread[8:].mean() / spread[:4].mean() < 3.2  # 2.29 for roots of the step, and the noise of the rest
+
+
+def test_training_moves_the_spread_but_never_the_location(toto, samples, split):
+    sampler = WindowSampler(samples, split, 128 + 16)
+    objective = TotoLikelihood(toto, {1: sampler}, LogScales(*LOG), 128, np.random.default_rng(0), steps_drawn=8)
+    phase = Phase(steps=60, max_seconds=60, learning_rate=3e-3)
+    origins = rolling_origins(samples, split, "test", stride=40, min_context=128)
+    before = summary(evaluate(TotoForecaster(toto, max_context=128, log_scales=LOG), samples, origins, lookback=128))
+    fit(objective, phase, lambda done, note: None)
+    after = summary(evaluate(TotoForecaster(toto, max_context=128, log_scales=LOG), samples, origins, lookback=128))
+    assert after.metrics["crps"].value < before.metrics["crps"].value
+    assert abs(after.metrics["skill_vs_naive"].value) < 1e-3
+
+
+def test_loss_is_the_likelihood_of_a_slow_loop(toto, samples, split):
+    sampler = WindowSampler(samples, split, 64 + 16)
+    transform = LogScales(*LOG)
+    objective = TotoLikelihood(toto, {1: sampler}, transform, 64, np.random.default_rng(0), steps_drawn=16)
+    candles = sampler.draw(2, np.random.default_rng(5)).candles
+    values = torch.from_numpy(transform.encode(candles, 64).astype(np.float32)).transpose(1, 2)
+    ours = float(objective._loss(values).detach())
+    loc, scale = toto.scale(values[..., :64], torch.ones(2, 1, 64))
+    hidden = toto.embed(values[..., :64], torch.ones(2, 1, 64), loc, scale, 4)
+    weights, total = (1, 1, 1, 2.0, 0.2), 0.0
+    head, bias = toto.output_distribution.stacked()
+    for variate, weight in enumerate(weights):
+        losses = []
+        for row in range(2):
+            for patch in range(4):
+                states = toto.unembed(hidden[row, variate, patch]).view(16, 32)
+                mixture = toto.mixture(states @ head.T + bias)
+                parts = torch.distributions.StudentT(mixture.df, mixture.loc, mixture.scale)
+                target = values[row, variate, 16 * (patch + 1) : 16 * (patch + 2)]
+                scaled = (target - loc[row, variate, patch]) / scale[row, variate, patch]
+                likelihood = torch.logsumexp(mixture.log_weights + parts.log_prob(scaled[:, None]), dim=-1)
+                losses.append(-likelihood.mean())
+        total += weight * float(torch.stack(losses).mean().detach())
+    assert ours == pytest.approx(total / sum(weights), rel=1e-4)
+
+
+def test_window_statistics_never_see_the_targets(samples, split):
+    candles = WindowSampler(samples, split, 80).draw(3, np.random.default_rng(0)).candles
+    changed = candles.copy()
+    changed[:, 64:] *= 2
+    np.testing.assert_array_equal(normalised_windows(changed, 64)[:, :64], normalised_windows(candles, 64)[:, :64])
+
+
+def test_tokenizer_and_predictor_learn(samples, split):
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    sampler = WindowSampler(samples, split, 80)
+    tokenizer = KronosTokenizer(TokenizerConfig.from_published(TOKENIZER))
+    reconstruction = TokenizerReconstruction(tokenizer, sampler, 64, rng)
+    start = float(reconstruction.loss(64).detach())
+    run = fit(reconstruction, Phase(steps=60, max_seconds=60, learning_rate=1e-2), lambda done, note: None)
+    assert run.loss < 0.6 * start
+    predictor = KronosPredictor(PredictorConfig.from_published(PREDICTOR))
+    start_with_bits(predictor)
+    frozen = {name: tensor.clone() for name, tensor in tokenizer.state_dict().items()}
+    objective = NextToken(predictor, tokenizer, sampler, 64, rng)
+    start = float(objective.loss(64).detach())
+    run = fit(objective, Phase(steps=60, max_seconds=60, learning_rate=1e-2), lambda done, note: None)
+    assert run.loss < 0.9 * start
+    assert all(torch.equal(frozen[name], tensor) for name, tensor in tokenizer.state_dict().items())
+
+
+def test_targets_inside_the_lookback_count_little(samples, split):
+    torch.manual_seed(0)
+    tokenizer = KronosTokenizer(TokenizerConfig.from_published(TOKENIZER))
+    predictor = KronosPredictor(PredictorConfig.from_published(PREDICTOR))
+    sampler = WindowSampler(samples, split, 80)
+    losses = [
+        NextToken(predictor, tokenizer, sampler, 64, np.random.default_rng(0), lookback_weight=weight).loss(8)
+        for weight in (0.0, 0.05, 1.0)
+    ]
+    assert len({round(float(loss.detach()), 6) for loss in losses}) == 3
+
+
+@torch.inference_mode()
+def test_teacher_forced_logits_are_those_that_decoding_samples_from():
+    """Trained as served: position t of the training forward equals one cached step after t tokens."""
+    from models.kronos.decoder import KronosDecoder
+
+    torch.manual_seed(0)
+    tokenizer = KronosTokenizer(TokenizerConfig.from_published(TOKENIZER))
+    predictor = KronosPredictor(PredictorConfig.from_published(PREDICTOR)).eval()
+    coarse, fine = torch.randint(0, 16, (2, 2, 64))
+    stamps = torch.ones(2, 64, 5, dtype=torch.int64)
+    teacher, _ = predictor(coarse, fine, stamps, coarse)
+    decoder = KronosDecoder(tokenizer, predictor).eval()
+    prefix = decoder.prefill(coarse, fine, stamps, torch.zeros(2, dtype=torch.int64))
+    np.testing.assert_allclose(decoder.coarse_head(prefix.hidden), teacher[:, -1], atol=1e-5)

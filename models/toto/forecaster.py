@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.candles import CLOSE, OPEN, PRICES, VARIATES
+from models.candles import CLOSE, OPEN, PRICES, VARIATES, Floats
 from models.forecaster import (
     QUANTILE_COLUMNS,
     Batch,
@@ -126,24 +126,29 @@ class TotoForecaster:
 
     @torch.inference_mode()
     def finish(self, raw: Raw, batch: Batch) -> list[Forecast]:
-        projected, loc, scale = (raw[name].double().cpu() for name in ("projected", "loc", "scale"))
-        return [
-            self._forecast(item, self.network.mixture(projected[row, :, : item.horizon]), loc[row], scale[row])
-            for row, item in enumerate(batch.inputs)
-        ]
+        rows, longest = len(batch.inputs), max(item.horizon for item in batch.inputs)
+        projected = raw["projected"][:rows, :, :longest].double().cpu()
+        loc, scale = (raw[name][:rows, :, None].double().cpu() for name in ("loc", "scale"))  # [B, V, 1]
+        steps = self.network.mixture(projected)  # [B, V, H, K]
+        closes = [self._transform.encode(item.candles, len(item.candles))[-1, CLOSE] for item in batch.inputs]
+        reached = (torch.tensor(closes)[:, None] - loc[:, CLOSE]) / scale[:, CLOSE]
+        above = 1 - student_mixture.cdf(_variates(steps, CLOSE), reached.expand(-1, longest))
+        medians, means = student_mixture.quantiles(steps, (0.5,))[0], student_mixture.mean(steps)
+        levels = tuple(sorted({level for item in batch.inputs for level in item.levels}))
+        spread = student_mixture.quantiles(_variates(steps, list(_QUANTILE_VARIATES)), levels)  # [Q, B, 3, H]
+        forecasts = []
+        for row, item in enumerate(batch.inputs):
+            central = (medians if item.aggregate == "median" else means)[row]
+            chosen = spread[[levels.index(level) for level in item.levels], row]
+            values = torch.cat([central.unsqueeze(0), central.repeat(len(item.levels), 1, 1)])  # [1 + Q, V, H]
+            values[1:, list(_QUANTILE_VARIATES)] = chosen
+            unscaled = (values * scale[row] + loc[row]).transpose(-1, -2)[:, : item.horizon].numpy()
+            forecasts.append(self._forecast(item, unscaled, above[row, : item.horizon].numpy()))
+        return forecasts
 
-    def _forecast(self, item: ForecastInput, steps: Mixture, loc: Tensor, scale: Tensor) -> Forecast:
-        """`steps` is `[V, H, K]` in the scaler's units; location and scale `[V]` undo it."""
-        close = self._transform.encode(item.candles, len(item.candles))[-1, CLOSE]
-        prob_up = 1 - student_mixture.cdf(_variate(steps, CLOSE), (torch.tensor(close) - loc[CLOSE]) / scale[CLOSE])
-        central = (
-            student_mixture.quantiles(steps, (0.5,))[0] if item.aggregate == "median" else student_mixture.mean(steps)
-        )
-        prices = Mixture(*(parameter[list(_QUANTILE_VARIATES)] for parameter in steps))
-        spread = torch.zeros(len(item.levels), *central.shape, dtype=torch.float64)
-        spread[:, list(_QUANTILE_VARIATES)] = student_mixture.quantiles(prices, item.levels)
-        scaled = torch.cat([central.unsqueeze(0), spread]) * scale.unsqueeze(-1) + loc.unsqueeze(-1)  # [1 + Q, V, H]
-        rows = self._transform.decode(scaled.transpose(-1, -2).numpy(), item.candles)
+    def _forecast(self, item: ForecastInput, values: Floats, prob_up: Floats) -> Forecast:
+        """From the point and the quantiles `[1 + Q, H, V]` in the network's units."""
+        rows = self._transform.decode(values, item.candles)
         rows[..., PRICES] = np.maximum(rows[..., PRICES], _PRICE_FLOOR * item.last_close)
         if self._chain_opens:
             rows[0, :, OPEN] = np.concatenate([[item.last_close], rows[0, :-1, CLOSE]])
@@ -152,10 +157,11 @@ class TotoForecaster:
                 point=rows[0],
                 levels=item.levels,
                 quantiles={name: rows[1:, :, VARIATES.index(name)] for name in QUANTILE_COLUMNS},
-                prob_up=prob_up.numpy(),
+                prob_up=prob_up,
             )
         )
 
 
-def _variate(steps: Mixture, index: int) -> Mixture:
-    return Mixture(*(parameter[index] for parameter in steps))
+def _variates(steps: Mixture, index: int | list[int]) -> Mixture:
+    """The mixtures `[B, …, H, K]` of some variates."""
+    return Mixture(*(parameter[:, index] for parameter in steps))

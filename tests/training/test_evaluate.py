@@ -38,6 +38,8 @@ class WalkForecaster:
         self._spread = spread
         self.seen: list[ForecastInput] = []
 
+    def check(self, item: ForecastInput) -> None: ...
+
     def bucket(self, item: ForecastInput) -> Hashable:
         return len(item.candles) % 3  # so that batches leave out of order
 

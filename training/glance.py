@@ -104,5 +104,5 @@ def draw_fan(glance: Glance, path: Path) -> None:
     axes.set_ylabel("price")
     axes.grid(alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="upper left", frameon=False)
+    axes.legend(loc="best", frameon=False)
     figure.savefig(path, dpi=120)

@@ -35,7 +35,8 @@ class Phase(_Strict):
 class EvaluateTable(_Strict):
     """Rolling origins and sampling of the evaluation that is published with the weights."""
 
-    stride: int = Field(gt=0)
+    stride: int = Field(gt=0, description="Candles between the origins of the test.")
+    unseen_stride: int = Field(gt=0, description="The same for unseen symbols, which are fewer.")
     samples: int = Field(64, gt=0)
     batch_rows: int = Field(32, gt=0)
 

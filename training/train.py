@@ -55,7 +55,8 @@ def train(recipe: Recipe, store: ModelStore, *, quiet: bool = False) -> Manifest
     with _progress(quiet) as progress:
         trained = _FITTERS[recipe.family](prepared, lambda phase: _reporter(progress, f"{recipe.name} {phase}"))
         forecaster = build_forecaster(recipe.family, recipe.network, trained.weights)
-        scores = {part: score(forecaster, prepared, part, progress) for part in ("test", "unseen")}
+        parts: list[Part] = ["test", "unseen"] if prepared.split.unseen else ["test"]
+        scores: dict[str, Scores] = {part: score(forecaster, prepared, part, progress) for part in parts}
     manifest = publish(prepared, trained, forecaster, scores, store)
     store.set_alias(manifest.model, CANDIDATE, manifest.version)
     if PRODUCTION not in store.aliases(manifest.model):
@@ -129,9 +130,8 @@ def _tensors(network: torch.nn.Module) -> Weights:
 def score(forecaster: Forecaster, prepared: Prepared, part: Part, progress: Progress | None = None) -> Scores:
     """Rolling-origin scores of the recipe's evaluation on one part of its split."""
     recipe = prepared.recipe
-    origins = rolling_origins(
-        prepared.series, prepared.split, part, stride=recipe.evaluate.stride, min_context=recipe.context
-    )
+    stride = recipe.evaluate.unseen_stride if part == "unseen" else recipe.evaluate.stride
+    origins = rolling_origins(prepared.series, prepared.split, part, stride=stride, min_context=recipe.context)
     advance: Callable[[int], None] | None = None
     if progress is not None:
         task = progress.add_task(f"{recipe.name} evaluate {part}", total=len(origins), note="")

@@ -52,7 +52,7 @@ def trained(place: Path, candlecast: Candlecast) -> dict[str, dict[str, Any]]:
     for name in ("toto-demo", "kronos-demo"):
         text = (ROOT / "training" / "recipes" / f"{name}.toml").read_text()
         text = re.sub(r"^steps = \d+", "steps = 3", text, flags=re.MULTILINE)
-        text = re.sub(r"^(unseen_)?stride = \d+", r"\1stride = 400", text, flags=re.MULTILINE)
+        text = re.sub(r"^(unseen_)?stride = (?:16|4)$", r"\1stride = 400", text, flags=re.MULTILINE)
         text = text.replace("samples = 64", "samples = 8")
         (place / f"{name}.toml").write_text(text)
         done = candlecast("train", f"{name}.toml", "--json")

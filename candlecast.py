@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from http.client import HTTPConnection
+
     from model_store.manifest import Manifest
     from model_store.store import ModelStore
+    from training.candle_files import Series
 
+PUT_ROWS = 20_000  # of candles in one request
 JsonFlag = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 StoreRoot = click.option(
     "--store",
@@ -72,45 +76,64 @@ def serve(folder: Path | None, as_json: bool) -> None:
     from service.settings import Settings
 
     def announce(listening: Listening) -> None:
-        if folder is not None:
-            _load_history(folder, listening.url)
+        loaded = _load_history(folder, listening.url) if folder else []
         if as_json:
-            click.echo(json.dumps({"url": listening.url, "admin_url": listening.admin_url}))
+            click.echo(json.dumps({"url": listening.url, "admin_url": listening.admin_url, "loaded": loaded}))
         else:
-            click.echo(_welcome(listening.url, listening.admin_url, folder))
+            click.echo(_welcome(listening.url, listening.admin_url, loaded))
 
     serve(Settings(), lambda listening: threading.Thread(target=announce, args=(listening,), daemon=True).start())
 
 
-def _welcome(url: str, admin_url: str, folder: Path | None) -> str:
-    request = f"curl -s -X POST {url}/forecast/AAPL -H 'Content-Type: application/json'"
+def _welcome(url: str, admin_url: str, loaded: list[str]) -> str:
     lines = [f"Candlecast listens on {url} (docs at {url}/docs), metrics on {admin_url}/metrics"]
-    if folder is not None:
+    if loaded:
+        request = f"curl -s -X POST {url}/forecast/{loaded[0]} -H 'Content-Type: application/json'"
         lines += ["Try it:", f"""  {request} -d '{{"model": "kronos", "horizon": 30}}'"""]
         lines += [f"""  {request} -d '{{"model": "toto", "horizon": 64}}'"""]
     return "\n".join(lines)
 
 
-def _load_history(folder: Path, url: str) -> None:
-    """PUT every series of `folder` through the API, as any feed would."""
-    from http.client import HTTPConnection
-    from urllib.parse import quote, urlsplit
+def _load_history(folder: Path, url: str) -> list[str]:
+    """PUT every series of `folder` through the API, as any feed would; the symbols that went in."""
+    from http.client import HTTPConnection, HTTPException
+    from urllib.parse import urlsplit
 
-    from models.candles import COLUMNS, VOLUME
     from training.candle_files import load
 
     connection = HTTPConnection(urlsplit(url).netloc)
-    for item in load(folder)[0]:
-        columns = {name: item.candles[:, index].tolist() for index, name in enumerate(COLUMNS[: VOLUME + 1])}
-        body = {"interval": item.interval, "candles": {"timestamp": item.timestamps.tolist(), **columns}}
-        connection.request(
-            "PUT", f"/candles/{quote(item.symbol)}", json.dumps(body), {"Content-Type": "application/json"}
-        )
+    loaded = []
+    try:
+        for item in load(folder)[0]:
+            refusal = _put_series(connection, item)
+            if refusal:
+                click.echo(f"{item.symbol} was not loaded: {refusal}", err=True)
+            else:
+                loaded.append(item.symbol)
+    except (ValueError, OSError, HTTPException) as error:
+        click.echo(f"loading {folder} ended early: {error}", err=True)
+    finally:
+        connection.close()
+    return loaded
+
+
+def _put_series(connection: "HTTPConnection", item: "Series") -> str | None:
+    """PUT one series in parts; the service's refusal if there was one."""
+    from urllib.parse import quote
+
+    from models.candles import VARIATES
+
+    for start in range(0, len(item), PUT_ROWS):
+        rows = slice(start, start + PUT_ROWS)
+        columns = {name: item.candles[rows, index].tolist() for index, name in enumerate(VARIATES)}
+        body = {"interval": item.interval, "candles": {"timestamp": item.timestamps[rows].tolist(), **columns}}
+        headers = {"Content-Type": "application/json"}
+        connection.request("PUT", f"/candles/{quote(item.symbol)}", json.dumps(body), headers)
         answer = connection.getresponse()
         text = answer.read().decode()
         if answer.status >= 400:
-            click.echo(f"{item.symbol} was not loaded: {text}", err=True)
-    connection.close()
+            return text
+    return None
 
 
 @main.command("sample-data")
@@ -248,11 +271,20 @@ def _row(root: "ModelStore", model: str, version: str) -> dict[str, str]:
 @store.command()
 @click.argument("reference")
 @StoreRoot
-def show(reference: str, store_root: Path) -> None:
-    """Print the manifest of NAME, NAME@VERSION or NAME@ALIAS as JSON."""
-    from model_store.store import ModelStore
+@JsonFlag
+def show(reference: str, store_root: Path, as_json: bool) -> None:
+    """Print the manifest of NAME, NAME@VERSION or NAME@ALIAS: its scores, or all of it with --json."""
+    from rich.console import Console
 
-    click.echo(ModelStore(store_root).manifest(reference).model_dump_json(indent=2))
+    from model_store.store import ModelStore
+    from training.report import table
+
+    manifest = ModelStore(store_root).manifest(reference)
+    name = f"{manifest.model}@{manifest.version}"
+    notes = [f"{manifest.family}, {manifest.origin.kind} from {manifest.origin.source}, {manifest.created_at}"]
+    _print_version(manifest, as_json, [*notes, "" if manifest.evaluations else "no evaluation"])
+    if manifest.evaluations and not as_json:
+        Console(width=100).print(table([(name, evaluation) for evaluation in manifest.evaluations]))
 
 
 @store.command()

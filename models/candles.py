@@ -21,6 +21,11 @@ VARIATES: Final = COLUMNS[:AMOUNT]  # what a forecast holds: amount is an input 
 EARLIEST_MS: Final = 315_532_800_000  # 1980: seconds taken for milliseconds land before it
 LATEST_MS: Final = 4_102_444_800_000  # 2100: microseconds taken for milliseconds land after it
 
+SMALLEST_PRICE: Final = 1e-12  # below and above these, single precision has nothing left to say
+LARGEST_PRICE: Final = 1e15
+LARGEST_VOLUME: Final = 1e30
+_FORECAST_FLOOR: Final = 1e-6  # of the last close
+
 DAY_MS: Final = 86_400_000
 _UNIT_MS: Final[dict[str, int]] = {
     "m": 60_000,
@@ -84,6 +89,9 @@ def candle_faults(candles: Floats) -> tuple[tuple[NDArray[np.bool_], str], ...]:
         (np.asarray(~np.isfinite(candles).all(axis=1)), "holds a value that is not a finite number"),
         (np.asarray((prices <= 0).any(axis=1)), "has a price that is not above zero"),
         (np.asarray((candles[:, VOLUME:] < 0).any(axis=1)), "has a negative volume or amount"),
+        (np.asarray((prices < SMALLEST_PRICE).any(axis=1)), f"has a price below {SMALLEST_PRICE:g}"),
+        (np.asarray((prices > LARGEST_PRICE).any(axis=1)), f"has a price above {LARGEST_PRICE:g}"),
+        (np.asarray((candles[:, VOLUME:] > LARGEST_VOLUME).any(axis=1)), f"has more volume than {LARGEST_VOLUME:g}"),
         (np.asarray(candles[:, HIGH] < prices.max(axis=1)), "has a high below its other prices"),
         (np.asarray(candles[:, LOW] > prices.min(axis=1)), "has a low above its other prices"),
     )
@@ -118,6 +126,13 @@ def check_timestamps(timestamps: Millis) -> None:
             row,
             "duplicate_timestamp" if duplicate else "unsorted_timestamps",
         )
+
+
+def floor_prices(rows: Floats, last_close: float) -> Floats:
+    """Rows `[..., 5]` or `[..., 6]` with prices above zero: networks know no such limit."""
+    floored = rows.copy()
+    floored[..., PRICES] = np.maximum(rows[..., PRICES], _FORECAST_FLOOR * last_close)
+    return floored
 
 
 def repair_ohlc(rows: Floats) -> Floats:

@@ -6,7 +6,7 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 
-from models.candles import CLOSE, Floats, Millis, repair_ohlc
+from models.candles import CLOSE, Floats, Millis, TooFewCandles, repair_ohlc
 
 DEFAULT_LEVELS: Final = (0.1, 0.5, 0.9)
 QUANTILE_COLUMNS: Final = ("high", "low", "close")
@@ -31,7 +31,7 @@ class Sampling:
 
     samples: int = 32
     temperature: float = 1.0
-    top_p: float = 1.0
+    top_p: float = 0.9
     top_k: int = 0
 
 
@@ -58,6 +58,16 @@ class ForecastInput:
         return float(self.candles[-1, CLOSE])
 
 
+# What a request gets that asks for nothing, by family: steps, and candles taken from a history.
+DEFAULT_HORIZON: Final = {"toto": 64, "kronos": 30, "naive": 30}
+DEFAULT_LOOKBACK: Final = {"kronos": 64}  # others: all that the version can take
+
+
+def served_sampling(serving: Mapping[str, Any]) -> Sampling:
+    """The sampling of a version whose manifest has these serving defaults."""
+    return Sampling(**{name: serving[name] for name in Sampling.__dataclass_fields__ if name in serving})
+
+
 @dataclass(frozen=True)
 class Forecast:
     """What a model says about one symbol. Prices and volumes in the units of the candles."""
@@ -73,12 +83,24 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a version can take, from its manifest."""
+    """What a version can take, in candles."""
 
     min_context: int
     max_context: int
     max_horizon: int
     max_total: int | None = None  # context + horizon, where positions are shared (Kronos)
+
+    def check(self, item: ForecastInput) -> None:
+        """TooFewCandles or ModelError unless `item` fits."""
+        context = len(item.candles)
+        if context < self.min_context:
+            raise TooFewCandles(self.min_context, context)
+        if item.horizon > self.max_horizon:
+            raise ModelError(f"the model forecasts {self.max_horizon} steps at most", "horizon", "horizon_too_long")
+        room = self.max_context if self.max_total is None else min(self.max_context, self.max_total - item.horizon)
+        if context > room:
+            detail = f"with {item.horizon} steps ahead the model sees {room} candles at most, not {context}"
+            raise ModelError(detail, "lookback", "lookback_out_of_range")
 
 
 @dataclass
@@ -100,7 +122,11 @@ class Forecaster(Protocol):
     limits: Limits
 
     def check(self, item: ForecastInput) -> None:
-        """Raise ModelError if this version cannot answer `item`: once it waits in a batch it must not fail there."""
+        """Raise ModelError or TooFewCandles if this version cannot answer `item`: it must not fail in a batch."""
+        ...
+
+    def max_rows(self, item: ForecastInput) -> int:
+        """How many requests like `item` fit in one batch, whatever the engine would like."""
         ...
 
     def bucket(self, item: ForecastInput) -> Hashable:

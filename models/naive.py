@@ -22,7 +22,11 @@ class NaiveForecaster:
     family = "naive"
     limits = Limits(min_context=1, max_context=4096, max_horizon=512)
 
-    def check(self, item: ForecastInput) -> None: ...
+    def check(self, item: ForecastInput) -> None:
+        self.limits.check(item)
+
+    def max_rows(self, item: ForecastInput) -> int:
+        return 4096
 
     def bucket(self, item: ForecastInput) -> Hashable:
         return ()

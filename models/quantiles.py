@@ -58,6 +58,20 @@ def _trimmed(low: float, high: float) -> Aggregate:
     return mean
 
 
+def _factor(text: str) -> float:
+    factor = float(text)
+    if factor > 10:
+        raise ValueError(f"{text} standard deviations are more than 10")
+    return factor
+
+
+def _weight(text: str) -> float:
+    weight = float(text)
+    if weight > 1:
+        raise ValueError(f"the weight {text} of the mean is above 1")
+    return weight
+
+
 def _plus_std(centre: Aggregate, factor: float) -> Aggregate:
     return lambda paths: centre(paths) + factor * paths.std(axis=0)
 
@@ -84,10 +98,10 @@ _SPECS: Final[tuple[tuple[str, Callable[..., Aggregate]], ...]] = (
     (rf"trimmed_mean_{_NUMBER}", lambda x: _trimmed(_share(x), _share(x))),
     (rf"lower_trimmed_mean_{_NUMBER}", lambda x: _trimmed(_share(x), 0)),
     (rf"upper_trimmed_mean_{_NUMBER}", lambda x: _trimmed(0, _share(x))),
-    (rf"mean_plus_std_{_NUMBER}", lambda k: _plus_std(_mean, float(k))),
-    (rf"mean_minus_std_{_NUMBER}", lambda k: _plus_std(_mean, -float(k))),
-    (rf"mean_quantile_mix_{_NUMBER}_{_NUMBER}", lambda q, w: _mix(_level(q), float(w))),
-    (rf"quantile_plus_std_{_NUMBER}_{_NUMBER}", lambda q, k: _plus_std(_quantile(_level(q)), float(k))),
+    (rf"mean_plus_std_{_NUMBER}", lambda k: _plus_std(_mean, _factor(k))),
+    (rf"mean_minus_std_{_NUMBER}", lambda k: _plus_std(_mean, -_factor(k))),
+    (rf"mean_quantile_mix_{_NUMBER}_{_NUMBER}", lambda q, w: _mix(_level(q), _weight(w))),
+    (rf"quantile_plus_std_{_NUMBER}_{_NUMBER}", lambda q, k: _plus_std(_quantile(_level(q)), _factor(k))),
 )
 
 

@@ -88,7 +88,8 @@ def test_store_lists_shows_and_verifies(candlecast: Candlecast, trained: Any) ->
     rows = json.loads(candlecast("store", "list", "--json").stdout)
     assert {row["model"].split("@")[0] for row in rows} == {"toto-demo", "kronos-demo"}
     assert all(row["aliases"] == "candidate,production" for row in rows)
-    assert json.loads(candlecast("store", "show", "toto-demo").stdout) == trained["toto-demo"]
+    assert json.loads(candlecast("store", "show", "toto-demo", "--json").stdout) == trained["toto-demo"]
+    assert "skill" in candlecast("store", "show", "toto-demo").stdout
     assert candlecast("store", "verify", "kronos-demo").returncode == 0
     assert candlecast("store", "promote", "kronos-demo", "--force", "a test").returncode == 0
 
@@ -129,6 +130,8 @@ def test_evaluating_on_candles_a_model_was_trained_on_is_refused(candlecast: Can
         (("forecast", "AAPL", "--model", "nobody"), "no nobody@production"),
         (("store", "verify", "toto-demo@000000000000"), "toto-demo@000000000000"),
         (("train", "nowhere.toml"), "does not exist"),
+        (("forecast", "AAPL", "--model", "kronos-demo", "--horizon", "200"), "126 steps at most"),
+        (("forecast", "AAPL", "--model", "toto-demo", "--horizon", "100"), "64 steps at most"),
     ],
 )
 def test_errors_are_one_line_that_says_what_is_missing(

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from models.candles import CLOSE, HIGH, LOW, OPEN, VOLUME, Floats
+from models.candles import AMOUNT, CLOSE, HIGH, LOW, OPEN, PRICES, VOLUME, Floats
 
 
 def mirror(candles: Floats, rows: np.ndarray) -> Floats:
@@ -14,7 +14,7 @@ def mirror(candles: Floats, rows: np.ndarray) -> Floats:
     origin = candles[:, :1, CLOSE] ** 2
     for column, source in ((OPEN, OPEN), (HIGH, LOW), (LOW, HIGH), (CLOSE, CLOSE)):
         out[rows, :, column] = (origin / candles[..., source])[rows]
-    return out
+    return _with_own_amounts(out)
 
 
 def scale_moves(candles: Floats, factors: Floats) -> Floats:
@@ -29,7 +29,14 @@ def scale_moves(candles: Floats, factors: Floats) -> Floats:
     closes = before[:, :1] + np.cumsum(moves[..., CLOSE], axis=1)
     anchors = np.concatenate([before[:, :1], closes[:, :-1]], axis=1)
     out = candles.copy()
-    out[..., OPEN : CLOSE + 1] = np.exp(anchors[..., None] + moves)
+    out[..., PRICES] = np.exp(anchors[..., None] + moves)
+    return _with_own_amounts(out)
+
+
+def _with_own_amounts(candles: Floats) -> Floats:
+    """Amounts of the new prices: the old ones would tell the network what the prices had been."""
+    out = candles.copy()
+    out[..., AMOUNT] = candles[..., PRICES].mean(axis=-1) * candles[..., VOLUME]
     return out
 
 

@@ -1,17 +1,17 @@
 """Score stored versions side by side on identical origins."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 from model_store.store import ModelStore
 from models.families import build_forecaster
-from models.forecaster import Forecaster, Sampling
+from models.forecaster import DEFAULT_LOOKBACK, Forecaster, Sampling, served_sampling
 from training import candle_files
 from training.evaluate import side_by_side, summary
 from training.report import Entry
 from training.windows import Part, rolling_origins, split_from_recipe
-
-DEFAULT_LOOKBACK = 64  # Kronos' context where the version names none
 
 
 def load_forecaster(store: ModelStore, reference: str) -> tuple[str, Forecaster, int, Sampling]:
@@ -19,13 +19,12 @@ def load_forecaster(store: ModelStore, reference: str) -> tuple[str, Forecaster,
     version = store.load(reference)
     manifest = version.manifest
     forecaster = build_forecaster(manifest.family, version.config, version.weights)
-    usual = DEFAULT_LOOKBACK if manifest.family == "kronos" else manifest.limits.max_context
-    settings = {key: value for key, value in manifest.serving.items() if key in Sampling.__dataclass_fields__}
+    usual = DEFAULT_LOOKBACK.get(manifest.family, manifest.limits.max_context)
     return (
         f"{manifest.model}@{manifest.version}",
         forecaster,
         int(manifest.serving.get("lookback", usual)),
-        Sampling(**settings),
+        served_sampling(manifest.serving),
     )
 
 
@@ -47,8 +46,6 @@ def compare(
     The dates and `unseen` must be those of the models' training for `test` and `unseen` to mean what they say;
     ValueError if a version was trained on later candles or on an unseen symbol.
     """
-    from datetime import date
-
     loaded = [load_forecaster(store, reference) for reference in references]
     series, _ = candle_files.load(folder)
     steps = horizon or min(min(f.limits.max_horizon for _, f, _, _ in loaded), 64)
@@ -60,7 +57,7 @@ def compare(
     context = max(lookback for _, _, lookback, _ in loaded)
     origins = rolling_origins(series, split, part, stride=stride, min_context=context)
     entrants = {
-        name: (forecaster, lookback, Sampling(**{**sampling.__dict__, "samples": samples}))
+        name: (forecaster, lookback, replace(sampling, samples=samples))
         for name, forecaster, lookback, sampling in loaded
     }
     return [(name, summary(scores)) for name, scores in side_by_side(entrants, series, origins).items()]

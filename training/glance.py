@@ -10,14 +10,13 @@ from rich.table import Table
 
 from model_store.store import ModelStore
 from models.candles import CLOSE, VARIATES
-from models.forecaster import Forecast, ForecastInput, forecast
+from models.forecaster import DEFAULT_HORIZON, Forecast, ForecastInput, forecast
 from training import candle_files
 from training.compare import load_forecaster
 from training.windows import forecast_input, series_calendar
 
 _LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9)
 _SHOWN_CANDLES = 120
-_HORIZONS = {"kronos": 30, "toto": 64, "naive": 30}
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def forecast_symbol(
     item = forecast_input(
         chosen,
         len(chosen) - 1,
-        horizon=horizon or min(_HORIZONS[forecaster.family], forecaster.limits.max_horizon),
+        horizon=horizon or min(DEFAULT_HORIZON[forecaster.family], forecaster.limits.max_horizon),
         lookback=lookback,
         calendar=series_calendar(chosen),
     )

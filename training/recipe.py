@@ -2,9 +2,9 @@
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class _Strict(BaseModel):
@@ -32,6 +32,28 @@ class Phase(_Strict):
     clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
 
 
+class ObjectiveTable(_Strict):
+    """What the windows of training are."""
+
+    bars: tuple[int, ...] = Field((1,), description="Toto: candles merged into one; each window picks one of them.")
+    ahead: int | None = Field(None, gt=0, description="Kronos: candles after the lookback; default: the horizon.")
+
+
+class ServingTable(_Strict):
+    """Defaults of request parameters, stored in the manifest where given."""
+
+    samples: int | None = Field(None, gt=0)
+    temperature: float | None = Field(None, gt=0)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0)
+    lookback: int | None = Field(None, gt=0)
+    horizon: int | None = Field(None, gt=0)
+    aggregate: str | None = None
+
+
+_PHASES: Final = {"toto": {"network"}, "kronos": {"tokenizer", "predictor"}}
+
+
 class EvaluateTable(_Strict):
     """Rolling origins and sampling of the evaluation that is published with the weights."""
 
@@ -53,9 +75,15 @@ class Recipe(_Strict):
     split: dict[str, Any]
     network: dict[str, Any] = Field(description="config.json of the version, as its family stores it.")
     phases: dict[str, Phase]
-    objective: dict[str, Any] = Field(default_factory=dict)
+    objective: ObjectiveTable = ObjectiveTable()
     evaluate: EvaluateTable
-    serving: dict[str, Any] = Field(default_factory=dict)
+    serving: ServingTable = ServingTable()
+
+    @model_validator(mode="after")
+    def _phases_of_the_family(self) -> Self:
+        if set(self.phases) != _PHASES[self.family]:
+            raise ValueError(f"{self.family} has the phases {sorted(_PHASES[self.family])}, not {sorted(self.phases)}")
+        return self
 
 
 def read_recipe(path: Path) -> Recipe:

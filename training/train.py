@@ -2,7 +2,7 @@
 
 import subprocess
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 from model_store.manifest import Evaluation, Manifest, ModelLimits, Origin, TrainingRecord
 from model_store.store import CANDIDATE, PRODUCTION, ModelStore
 from models.families import build_forecaster
-from models.forecaster import Forecaster, Sampling
+from models.forecaster import Forecaster, served_sampling
 from models.kronos.network import KronosPredictor, PredictorConfig
 from models.kronos.tokenizer import KronosTokenizer, TokenizerConfig
 from models.toto.network import TotoConfig, TotoNetwork
@@ -27,7 +27,7 @@ from training.initial import damp_residuals, start_at_random_walk, start_with_bi
 from training.loop import Report, Run, fit
 from training.objectives import NextToken, TokenizerReconstruction, TotoLikelihood
 from training.recipe import Recipe
-from training.windows import Part, Split, WindowSampler, rolling_origins, split_from_recipe
+from training.windows import Origins, Part, Split, WindowSampler, rolling_origins, split_from_recipe
 
 Weights = Mapping[str, Tensor]
 
@@ -47,6 +47,7 @@ class Prepared:
     recipe: Recipe
     series: list[Series]
     split: Split
+    origins: Mapping[Part, Origins]  # of the evaluation that is published
 
 
 def train(recipe: Recipe, store: ModelStore, *, quiet: bool = False) -> Manifest:
@@ -55,8 +56,7 @@ def train(recipe: Recipe, store: ModelStore, *, quiet: bool = False) -> Manifest
     with _progress(quiet) as progress:
         trained = _FITTERS[recipe.family](prepared, lambda phase: _reporter(progress, f"{recipe.name} {phase}"))
         forecaster = build_forecaster(recipe.family, recipe.network, trained.weights)
-        parts: list[Part] = ["test", "unseen"] if prepared.split.unseen else ["test"]
-        scores: dict[str, Scores] = {part: score(forecaster, prepared, part, progress) for part in parts}
+        scores = {part: score(forecaster, prepared, part, progress) for part in prepared.origins}
     manifest = publish(prepared, trained, forecaster, scores, store)
     store.set_alias(manifest.model, CANDIDATE, manifest.version)
     if PRODUCTION not in store.aliases(manifest.model):
@@ -70,7 +70,18 @@ def prepare(recipe: Recipe) -> Prepared:
     chosen = [item for item in series if item.interval == recipe.data.interval]
     if not chosen:
         raise ValueError(f"{recipe.data.folder} has no {recipe.data.interval} candles")
-    return Prepared(recipe, chosen, split_from_recipe(recipe.split, chosen, recipe.horizon))
+    split = split_from_recipe(recipe.split, chosen, recipe.horizon)
+    parts: list[Part] = ["test", "unseen"] if split.unseen else ["test"]
+    return Prepared(recipe, chosen, split, {part: _origins(recipe, chosen, split, part) for part in parts})
+
+
+def _origins(recipe: Recipe, series: list[Series], split: Split, part: Part) -> Origins:
+    stride = recipe.evaluate.unseen_stride if part == "unseen" else recipe.evaluate.stride
+    origins = rolling_origins(series, split, part, stride=stride, min_context=recipe.context)
+    if not len(origins):
+        needed = recipe.context + recipe.horizon
+        raise ValueError(f"the {part} part has no origin: it needs {needed} candles, {recipe.horizon} of them in it")
+    return origins
 
 
 # -- fitting ---------------------------------------------------------------------------------------
@@ -84,7 +95,7 @@ def _fit_toto(prepared: Prepared, reporter: Callable[[str], Report]) -> Trained:
     length = recipe.context + network.config.patch_size
     objective = TotoLikelihood(
         network=network,
-        samplers={bars: _sampler(prepared, length * bars) for bars in recipe.objective.get("bars", [1])},
+        samplers={bars: _sampler(prepared, length * bars) for bars in recipe.objective.bars},
         transform=transform_of(recipe.network.get("log_scales")),
         context=recipe.context,
         rng=np.random.default_rng(recipe.seed),
@@ -97,7 +108,7 @@ def _fit_kronos(prepared: Prepared, reporter: Callable[[str], Report]) -> Traine
     recipe = prepared.recipe
     torch.manual_seed(recipe.seed)
     rng = np.random.default_rng(recipe.seed)
-    sampler = _sampler(prepared, recipe.context + recipe.objective.get("ahead", recipe.horizon))
+    sampler = _sampler(prepared, recipe.context + (recipe.objective.ahead or recipe.horizon))
     tokenizer = KronosTokenizer(TokenizerConfig.from_published(recipe.network["tokenizer"]))
     for blocks in (tokenizer.encoder, tokenizer.decoder):
         damp_residuals(blocks, 0.1)
@@ -130,8 +141,7 @@ def _tensors(network: torch.nn.Module) -> Weights:
 def score(forecaster: Forecaster, prepared: Prepared, part: Part, progress: Progress | None = None) -> Scores:
     """Rolling-origin scores of the recipe's evaluation on one part of its split."""
     recipe = prepared.recipe
-    stride = recipe.evaluate.unseen_stride if part == "unseen" else recipe.evaluate.stride
-    origins = rolling_origins(prepared.series, prepared.split, part, stride=stride, min_context=recipe.context)
+    origins = prepared.origins[part]
     advance: Callable[[int], None] | None = None
     if progress is not None:
         task = progress.add_task(f"{recipe.name} evaluate {part}", total=len(origins), note="")
@@ -140,7 +150,9 @@ def score(forecaster: Forecaster, prepared: Prepared, part: Part, progress: Prog
         forecaster,
         prepared.series,
         origins,
-        sampling=Sampling(**{"samples": recipe.evaluate.samples, **_sampling_defaults(recipe)}),
+        sampling=replace(
+            served_sampling(recipe.serving.model_dump(exclude_none=True)), samples=recipe.evaluate.samples
+        ),
         lookback=recipe.context,
         calendar=recipe.data.calendar,
         batch_rows=recipe.evaluate.batch_rows,
@@ -148,12 +160,8 @@ def score(forecaster: Forecaster, prepared: Prepared, part: Part, progress: Prog
     )
 
 
-def _sampling_defaults(recipe: Recipe) -> dict[str, Any]:
-    return {key: value for key, value in recipe.serving.items() if key in ("temperature", "top_p", "top_k")}
-
-
 def publish(
-    prepared: Prepared, trained: Trained, forecaster: Forecaster, scores: Mapping[str, Scores], store: ModelStore
+    prepared: Prepared, trained: Trained, forecaster: Forecaster, scores: Mapping[Part, Scores], store: ModelStore
 ) -> Manifest:
     """Store weights, config, evaluations and the drift baseline as one version."""
     recipe, limits = prepared.recipe, forecaster.limits
@@ -167,7 +175,7 @@ def publish(
             max_horizon=limits.max_horizon,
             max_total=limits.max_total,
         ),
-        "serving": recipe.serving,
+        "serving": _serving(recipe),
         "training": _record(prepared, trained),
         "evaluations": tuple(summary(part) for part in scores.values()),
         "baselines": baselines(scores["test"]),
@@ -175,6 +183,10 @@ def publish(
         "code_revision": _revision(),
     }
     return store.put(fields, recipe.network, trained.weights)
+
+
+def _serving(recipe: Recipe) -> dict[str, Any]:
+    return recipe.serving.model_dump(exclude_none=True)
 
 
 def _record(prepared: Prepared, trained: Trained) -> TrainingRecord:
@@ -214,9 +226,11 @@ def _date(millis: int) -> str:
 
 def _revision() -> str | None:
     """The commit of the checkout that trains, if it is one."""
-    done = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:  # no git
+        return None
     return done.stdout.strip() or None
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from models.calendars import calendar_features
-from models.candles import AMOUNT, CLOSE, PRICES, VARIATES, Floats, repair_ohlc
+from models.candles import AMOUNT, CLOSE, PRICES, VARIATES, Floats, floor_prices, repair_ohlc
 from models.forecaster import (
     QUANTILE_COLUMNS,
     Batch,
@@ -32,9 +32,10 @@ from models.uniforms import draw_uniforms
 _CLIP: Final = 5.0
 _EPSILON: Final = 1e-5
 _CONTEXTS: Final = (64, 128, 256, 512, 1024, 2048)
-_HORIZONS: Final = (8, 16, 32, 64, 128, 256, 512, 1024)
+_HORIZONS: Final = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 _SAMPLES: Final = (4, 8, 16, 32, 64, 128, 256, 512)  # fours: see models/toto/forecaster.py
-_PRICE_FLOOR: Final = 1e-6  # of the last close
+_CACHE_BYTES: Final = 2**30  # of all paths of a batch
+_RESOLUTION: Final = 10 * _EPSILON
 _LARGEST_UNIFORM: Final = 1 - 2**-24  # a float32 below 1
 
 
@@ -65,10 +66,23 @@ class KronosForecaster:
         return cls(tokenizer, predictor, max_context=config["context"], anchor=config.get("anchor", False))
 
     def check(self, item: ForecastInput) -> None:
+        self.limits.check(item)
+        if item.sampling.samples > _SAMPLES[-1]:
+            raise ModelError(f"{_SAMPLES[-1]} paths are the most that are drawn", "samples")
+        if self._path_bytes(item) > _CACHE_BYTES:
+            raise ModelError(f"{item.sampling.samples} paths of {item.horizon} steps need too much memory", "samples")
         try:
             parse_aggregate(item.aggregate)
         except ValueError as error:
             raise ModelError(str(error), "aggregate") from error
+
+    def max_rows(self, item: ForecastInput) -> int:
+        return max(1, _CACHE_BYTES // self._path_bytes(item))
+
+    def _path_bytes(self, item: ForecastInput) -> int:
+        """Size of the caches of one request's paths."""
+        paths, slots = bucket_of(item.sampling.samples, _SAMPLES), bucket_of(item.horizon, _HORIZONS)
+        return paths * slots * (len(self.decoder.blocks) + 1) * 2 * self.decoder.width * 4
 
     def bucket(self, item: ForecastInput) -> Hashable:
         return (
@@ -142,15 +156,13 @@ class KronosForecaster:
         loc, scale = _statistics(item.candles)
         paths = (normalised[:samples, :horizon] * scale + loc)[..., :AMOUNT]
         if self._anchor:
-            reconstructed = max(float(last[CLOSE] * scale[CLOSE] + loc[CLOSE]), _PRICE_FLOOR * item.last_close)
+            reconstructed = floor_prices((last * scale + loc)[:AMOUNT], item.last_close)[CLOSE]
             paths[..., PRICES] *= item.last_close / reconstructed
-        paths[..., PRICES] = np.maximum(paths[..., PRICES], _PRICE_FLOOR * item.last_close)
-        paths = repair_ohlc(paths)
+        paths = repair_ohlc(floor_prices(paths, item.last_close))
         closes = np.concatenate([np.full((samples, 1), item.last_close), paths[..., CLOSE]], axis=1)
-        missed = unreachable_levels(item.levels, samples)
         return checked(
             Forecast(
-                point=parse_aggregate(item.aggregate)(paths),
+                point=floor_prices(parse_aggregate(item.aggregate)(paths), item.last_close),
                 levels=item.levels,
                 quantiles={
                     name: path_quantiles(paths[..., VARIATES.index(name)], item.levels) for name in QUANTILE_COLUMNS
@@ -158,9 +170,7 @@ class KronosForecaster:
                 prob_up=(paths[..., CLOSE] > item.last_close).mean(axis=0),
                 step_return_quantiles=path_quantiles(np.diff(np.log(closes), axis=1), item.levels),
                 paths=paths if item.with_paths else None,
-                warnings=(f"{samples} paths cannot resolve the quantiles {missed}: ask for more samples",)
-                if missed
-                else (),
+                warnings=_warnings(item),
             )
         )
 
@@ -174,6 +184,15 @@ def normalise(candles: Floats, context: Floats) -> Floats:
 def _statistics(candles: Floats) -> tuple[Floats, Floats]:
     """Location and scale `[6]` of the context."""
     return candles.mean(axis=0), candles.std(axis=0) + _EPSILON
+
+
+def _warnings(item: ForecastInput) -> tuple[str, ...]:
+    found = []
+    if missed := unreachable_levels(item.levels, item.sampling.samples):
+        found.append(f"{item.sampling.samples} paths cannot resolve the quantiles {missed}: ask for more samples")
+    if item.candles[:, CLOSE].std() < _RESOLUTION:
+        found.append(f"these closes move less than {_RESOLUTION:g}, which the network does not resolve: scale them up")
+    return tuple(found)
 
 
 def _write(cache: Entries, entries: Entries, index: int) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.candles import CLOSE, OPEN, PRICES, VARIATES, Floats
+from models.candles import CLOSE, OPEN, VARIATES, Floats, floor_prices
 from models.forecaster import (
     QUANTILE_COLUMNS,
     Batch,
@@ -28,7 +28,8 @@ from models.toto.transform import transform_of
 # Whole patches in fours: every matrix product then has a multiple of 4 rows, whose bits on a CPU do not
 # depend on how many rows there are.
 _TAIL: Final = 4
-_PRICE_FLOOR: Final = 1e-6  # of the last close
+_BATCH_CANDLES: Final = 32 * 4096
+_VARIANCE_FLOOR: Final = 0.1  # what the scaler adds
 _QUANTILE_VARIATES: Final = tuple(VARIATES.index(name) for name in QUANTILE_COLUMNS)
 
 
@@ -99,10 +100,14 @@ class TotoForecaster:
         )
 
     def check(self, item: ForecastInput) -> None:
+        self.limits.check(item)
         if item.aggregate not in ("median", "mean"):
             raise ModelError(f"Toto has no paths: aggregate {item.aggregate!r} is not median or mean", "aggregate")
         if item.aggregate == "mean" and not self._transform.has_mean:
             raise ModelError("this version forecasts logarithms, whose price has no mean: use median", "aggregate")
+
+    def max_rows(self, item: ForecastInput) -> int:
+        return max(1, _BATCH_CANDLES // bucket_of(len(item.candles), self._contexts))
 
     def bucket(self, item: ForecastInput) -> Hashable:
         return bucket_of(len(item.candles), self._contexts)
@@ -148,8 +153,7 @@ class TotoForecaster:
 
     def _forecast(self, item: ForecastInput, values: Floats, prob_up: Floats) -> Forecast:
         """From the point and the quantiles `[1 + Q, H, V]` in the network's units."""
-        rows = self._transform.decode(values, item.candles)
-        rows[..., PRICES] = np.maximum(rows[..., PRICES], _PRICE_FLOOR * item.last_close)
+        rows = floor_prices(self._transform.decode(values, item.candles), item.last_close)
         if self._chain_opens:
             rows[0, :, OPEN] = np.concatenate([[item.last_close], rows[0, :-1, CLOSE]])
         return checked(
@@ -158,8 +162,15 @@ class TotoForecaster:
                 levels=item.levels,
                 quantiles={name: rows[1:, :, VARIATES.index(name)] for name in QUANTILE_COLUMNS},
                 prob_up=prob_up,
+                warnings=self._warnings(item),
             )
         )
+
+    def _warnings(self, item: ForecastInput) -> tuple[str, ...]:
+        seen = self._transform.encode(item.candles, len(item.candles))[:, CLOSE]
+        if seen.var() >= _VARIANCE_FLOOR:
+            return ()
+        return ("these closes move less than the network's scaler resolves: the bands are too wide",)
 
 
 def _variates(steps: Mixture, index: int | list[int]) -> Mixture:

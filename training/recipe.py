@@ -69,6 +69,7 @@ class Recipe(_Strict):
     name: str
     family: Literal["toto", "kronos"]
     seed: int = 0
+    threads: int | None = Field(None, gt=0, description="Of torch; default: one per core.")
     context: int = Field(gt=1)
     horizon: int = Field(gt=0)
     data: DataTable

@@ -53,6 +53,8 @@ class Prepared:
 def train(recipe: Recipe, store: ModelStore, *, quiet: bool = False) -> Manifest:
     """Fit, evaluate and publish a recipe; the version becomes `candidate`, and `production` where there is none."""
     prepared = prepare(recipe)
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
     with _progress(quiet) as progress:
         trained = _FITTERS[recipe.family](prepared, lambda phase: _reporter(progress, f"{recipe.name} {phase}"))
         forecaster = build_forecaster(recipe.family, recipe.network, trained.weights)

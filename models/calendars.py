@@ -172,8 +172,10 @@ class Exchange:
         # A lunch break cuts a session in two: within a day the grid starts anew after it.
         self._segment_opens = np.union1d(self._opens, _instants(schedule.break_ends.dropna()))
         self._segment_closes = np.union1d(self._closes, _instants(schedule.break_starts.dropna()))
-        midnights = schedule.sessions.tz_localize(self.timezone).tz_convert("UTC")
-        self._midnights: Millis = midnights.as_unit("ms").asi8
+        # Where the clock jumps over midnight the day begins after the jump, where it repeats midnight, at the first.
+        twice = np.ones(len(schedule.sessions), dtype=bool)
+        midnights = schedule.sessions.tz_localize(self.timezone, ambiguous=twice, nonexistent="shift_forward")
+        self._midnights: Millis = midnights.tz_convert("UTC").as_unit("ms").asi8
 
     def check(self, timestamps: Millis, interval: str) -> None:
         step = interval_ms(interval)

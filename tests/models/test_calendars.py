@@ -4,6 +4,7 @@ from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 
+import exchange_calendars
 import numpy as np
 import pandas as pd
 import pytest
@@ -250,6 +251,18 @@ def test_daily_goog_reproduces_itself_for_nine_years(goog: Millis) -> None:
 
 def test_weekly_candles_step_by_weeks_whatever_the_exchange() -> None:
     assert following("XNYS", "1w", "2024-07-01", 2) == ["2024-07-08 00:00", "2024-07-15 00:00"]
+
+
+@pytest.mark.parametrize("name", exchange_calendars.get_calendar_names(include_aliases=False))
+def test_every_calendar_of_the_library_can_be_built(name: str) -> None:
+    assert get_calendar(name).name == name
+
+
+def test_a_day_without_midnight_begins_after_the_jump() -> None:
+    calendar, days = get_calendar("BVMF"), at("1997-10-02 03:00", "1997-10-03 03:00", "1997-10-06 03:00")
+    calendar.check(days, "1d")  # Brazil went from 23:59 to 01:00
+    assert shown(calendar.local(days, "1d")) == ["1997-10-02 00:00", "1997-10-03 00:00", "1997-10-06 00:00"]
+    assert shown(calendar.following(days, "1d", 1)) == ["1997-10-07 02:00"]
 
 
 def test_candles_from_1985_have_a_calendar() -> None:

@@ -122,8 +122,12 @@ class ModelStore:
     def find(self, model: str, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> Manifest | None:
         """The newest version of `model` with this very config and these very tensors."""
         wanted = _entries(_serialise(config, weights))
-        manifests = (self._read_manifest(model, version) for version in reversed(self.versions(model)))
-        return next((manifest for manifest in manifests if manifest.files == wanted), None)
+        for version in reversed(self.versions(model)):
+            with contextlib.suppress(VerificationFailed):  # a broken version is nobody's equal
+                manifest = self._read_manifest(model, version)
+                if manifest.files == wanted:
+                    return manifest
+        return None
 
     # -- writing ---------------------------------------------------------------------------------
 

@@ -259,6 +259,7 @@ class ModelsAnswer(_Answer):
     """The model store."""
 
     models: list[ModelAnswer]
+    broken: list[str] = Field(description="What cannot be read and is never served; the service's log says why.")
 
 
 class Health(_Answer):

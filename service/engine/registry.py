@@ -56,6 +56,7 @@ class Registry:
         self._device = device
         self._metrics = metrics
         self._resolved: dict[str, tuple[tuple[int, int], str]] = {}
+        self._noted: set[str] = set()
         self._loads: dict[str, asyncio.Task[LoadedModel]] = {}
 
     async def get(self, reference: str) -> LoadedModel:
@@ -78,6 +79,13 @@ class Registry:
             for exact, load in self._loads.items()
             if load.done() and not load.cancelled() and load.exception() is None
         }
+
+    def note_broken(self, name: str, error: Exception) -> str:
+        """`name`, having logged the first time what is wrong with it."""
+        if name not in self._noted:
+            self._noted.add(name)
+            _log.error("%s", error)
+        return name
 
     def _resolve(self, reference: str) -> str:
         """`name@version` of a reference; the store is read again only when an alias has moved."""

@@ -269,6 +269,10 @@ def test_a_broken_version_does_not_hide_the_good_ones(store: ModelStore, home: P
     (home / "manifest.json").write_bytes(b"{")
     assert store.models() == ["demo"]
     assert store.versions("demo") == [home.name, good]
+    found = store.find("demo", CONFIG, tensors(1))
+    assert found is not None
+    assert found.version == good
+    assert store.find("demo", CONFIG, tensors(2)) is None
     assert store.promote("demo").version == good
     assert store.load("demo").manifest.version == good
 

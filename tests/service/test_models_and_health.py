@@ -66,6 +66,22 @@ async def test_damaged_weights_are_never_served(running: Any, rows: Any, store: 
         assert answer.json()["code"] == "model_unavailable"
 
 
+async def test_a_broken_manifest_hides_no_other_model(
+    running: Any, store: Any, put_naive: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    version = put_naive("broken").version
+    put_naive("tangled")
+    (Path(store.root) / "broken" / version / "manifest.json").write_bytes(b"{")
+    (Path(store.root) / "tangled" / "aliases.json").write_bytes(b"[]")
+    async with running() as (client, _):
+        for _ in range(2):
+            answer = await client.get("/models")
+            assert answer.status_code == 200
+            assert answer.json()["broken"] == [f"broken@{version}", "tangled"]
+            assert {model["name"] for model in answer.json()["models"]} == {"naive", "toto-demo"}
+    assert len([record for record in caplog.records if "broken@" in record.getMessage()]) == 1
+
+
 async def test_probes_are_green_while_the_service_runs(client: Any) -> None:
     for probe in ("livez", "readyz", "startupz"):
         answer = await client.get(f"/{probe}")

@@ -74,6 +74,13 @@ async def test_bad_candles_are_named(client: Any, rows: Any, name: str) -> None:
         assert_problem(answer, 422, code, pointer)
 
 
+async def test_a_step_too_long_for_a_name_is_no_interval(client: Any, rows: Any) -> None:
+    sent = rows(step=10_007 * 60_000)
+    for method, path, body in (("POST", "/forecast/BTC", {"model": "naive"}), ("PUT", "/candles/BTC", {})):
+        answer = await client.request(method, path, json=body | {"candles": sent})
+        assert_problem(answer, 422, "unknown_interval", "/interval")
+
+
 async def test_a_repeated_timestamp_is_named(client: Any, rows: Any) -> None:
     sent = rows()
     sent[4][0] = sent[3][0]

@@ -75,6 +75,16 @@ async def test_an_inferred_calendar_is_revised_by_later_candles(client: Any) -> 
     assert (await client.get("/candles/XYZ")).json()["calendar"] == "24/7"
 
 
+async def test_candles_around_a_lunch_break_have_a_slot_each(client: Any) -> None:
+    opens = [MONDAY + DAY * k + at for k in range(3) for at in (0, 3 * HOUR + HOUR // 2)]  # Tokyo
+    sent = [[time, 10.0, 11.0, 9.0, 10.0, 1.0] for time in opens]
+    for begun in (0, 1):
+        answer = await put(client, "7203.T", candles=sent[begun::2], interval="4h", calendar="XTKS")
+        assert (answer["new"], answer["restated"]) == (3, 0)
+    got = (await client.get(f"/candles/7203.T?before={opens[-1]}")).json()["candles"]
+    assert [row[0] for row in got] == opens[:-1]
+
+
 @pytest.mark.parametrize("late", [0, -1])
 async def test_candles_labelled_by_their_close_are_shifted(client: Any, rows: Any, late: int) -> None:
     sent = rows(5)

@@ -460,6 +460,19 @@ def test_the_gate(store: ModelStore, before: dict[str, Any], after: dict[str, An
     assert store.aliases("demo") == {"production": first}
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"start": "2011-01-01"}, {"end": "2011-01-01"}, {"interval": "1h"}, {"horizon": 8}, {"symbols": ["AAPL", "IBM"]}],
+)
+def test_a_better_score_on_another_test_set_is_no_reason(store: ModelStore, change: dict[str, Any]) -> None:
+    store.promote(f"demo@{put(store, 0, **evaluated(0.01))}")
+    other = evaluated(0.5)["evaluations"][0] | change
+    with pytest.raises(PromotionRefused, match=r"another test set than the current version .*--force REASON"):
+        store.promote(f"demo@{put(store, 1, evaluations=[other])}")
+    both = [other, *evaluated(0.02)["evaluations"]]
+    store.promote(f"demo@{put(store, 2, evaluations=both)}")
+
+
 def test_every_window_of_the_current_version_must_hold(store: ModelStore) -> None:
     both = {"evaluations": evaluated(0.01)["evaluations"] + evaluated(0.02, windows="unseen")["evaluations"]}
     store.promote(f"demo@{put(store, 0, **both)}")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from models.forecaster import Forecast, ForecastInput, InvalidModelOutput
-from service.engine.batcher import Batcher, Computed, Job, Timings
+from service.engine.batcher import Batcher, Computed, EngineStopped, Job, Timings
 from service.engine.registry import LoadedModel
 from service.metrics import Metrics
 
@@ -23,13 +23,6 @@ class DeadlineExceeded(RuntimeError):
 
     def __init__(self) -> None:
         super().__init__("the deadline passed before the forecast was ready")
-
-
-class EngineStopped(RuntimeError):
-    """The engine takes no requests: it has not started, or is shutting down."""
-
-    def __init__(self) -> None:
-        super().__init__("the engine takes no requests")
 
 
 class Engine:

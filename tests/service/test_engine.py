@@ -178,6 +178,8 @@ async def test_whatever_waits_at_shutdown_is_answered_503(
         refused = await second
         assert refused.status_code == 503
         assert refused.json()["code"] == "not_ready"
+        too_late = await ask(client, rows, seed=2, timeout_ms=3000)
+        assert too_late.status_code == 503
         faulty.open.set()
         await stopping
         assert (await first).status_code == 200

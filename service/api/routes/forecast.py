@@ -15,8 +15,8 @@ from service.api.parameters import Parameters, require_enough, settle
 from service.api.schemas import ForecastAnswer, ForecastRequest, normalise_symbol
 from service.api.sources import candles_in_body, candles_in_history, instant_of_knowledge
 from service.api.wire import ClientGone, StrictRoute, unless_gone
-from service.engine.batcher import QueueFull
-from service.engine.engine import DeadlineExceeded, EngineStopped
+from service.engine.batcher import EngineStopped, QueueFull
+from service.engine.engine import DeadlineExceeded
 from service.engine.history import HistoryUnavailable, UnknownSymbol
 from service.engine.registry import LoadedModel
 from service.engine.series import Series

@@ -212,15 +212,18 @@ class Exchange:
 
     def opens(self, closes: Millis, interval: str) -> Millis:
         step = interval_ms(interval)
-        session = np.minimum(np.searchsorted(self._closes, closes), len(self._closes) - 1)
-        at_bell = self._closes[session] == closes
+        bells = self._closes if step == DAY_MS else self._segment_closes
+        bell = np.minimum(np.searchsorted(bells, closes), len(bells) - 1)
+        at_bell = bells[bell] == closes
         if step > DAY_MS or not at_bell.any():
             return closes - step
         if step == DAY_MS:
-            return np.where(at_bell, self._dates[session], closes - step)
+            return np.where(at_bell, self._dates[bell], closes - step)
         inside = closes[~at_bell] - step
-        first = self._opens[session]
-        first = first - first % step if len(inside) == 0 or inside[0] % step == 0 else first
+        first = self._segment_opens[bell]
+        # Where every candle ends with a bell, nothing tells the grids apart: it counts from the opening.
+        if len(inside) and not self._aligned(inside, step)[1]:
+            first = first - first % step
         last_slot = first + (closes - first - 1) // step * step  # the bell may cut it short
         return np.where(at_bell, last_slot, closes - step)
 

@@ -1,6 +1,6 @@
 """When candles happen, on real calendars and real candles."""
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,7 +20,8 @@ HOUR_MS = 3_600_000
 
 def at(*texts: str) -> Millis:
     """UTC wall clocks to milliseconds."""
-    return np.array([int(datetime.fromisoformat(t).replace(tzinfo=UTC).timestamp() * 1000) for t in texts])
+    epoch, millisecond = datetime(1970, 1, 1), timedelta(milliseconds=1)
+    return np.array([(datetime.fromisoformat(t) - epoch) // millisecond for t in texts])
 
 
 def shown(timestamps: Millis) -> list[str]:
@@ -197,6 +198,18 @@ def test_a_lunch_break_has_no_candles() -> None:
         "2024-03-11 01:30",
     ]  # fmt: skip
     assert shown(get_calendar("XHKG").closes(at("2024-03-08 03:30"), "1h")) == ["2024-03-08 04:00"]
+
+
+@pytest.mark.parametrize("name", ["XNYS", "XHKG", "XTKS"])
+@pytest.mark.parametrize(
+    ("interval", "on_the_clock"), [(i, clock) for i in ("15m", "1h", "2h") for clock in (False, True)] + [("4h", False)]
+)
+def test_the_closes_of_a_week_lead_back_to_its_opens(name: str, interval: str, on_the_clock: bool) -> None:
+    calendar, step = get_calendar(name), interval_ms(interval)
+    opening = at({"XNYS": "2024-03-06 14:30", "XHKG": "2024-03-06 01:30", "XTKS": "2024-03-06 00:00"}[name])
+    first = opening // step * step if on_the_clock else opening
+    opens = np.concatenate([first, calendar.following(first, interval, 40)])
+    assert (calendar.opens(calendar.closes(opens, interval), interval) == opens).all()
 
 
 def test_a_candle_at_night_is_off_the_grid() -> None:

@@ -101,6 +101,15 @@ async def test_daily_candles_labelled_by_the_bell_find_their_session(client: Any
     assert [row[0] for row in got] == [MONDAY + DAY * k for k in range(4)]
 
 
+async def test_two_closes_of_one_day_are_refused(client: Any) -> None:
+    closes = [MONDAY + 20 * HOUR, MONDAY + DAY, MONDAY + DAY + 20 * HOUR]  # the bell and midnight
+    sent = [[time, 10.0, 11.0, 9.0, 10.0, 1.0] for time in closes]
+    body = {"candles": sent, "interval": "1d", "time_is": "close", "calendar": "XNYS"}
+    for answer in (await client.put("/candles/XYZ", json=body), await client.post("/forecast/XYZ", json=body)):
+        assert answer.status_code == 422, answer.text
+        assert answer.json()["errors"][0]["pointer"] == "/candles/1/0"
+
+
 async def test_hourly_session_candles_keep_their_short_last_slot(client: Any) -> None:
     opening = MONDAY + 13 * HOUR + HOUR // 2
     opens = [opening + HOUR * k for k in range(7)]

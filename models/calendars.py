@@ -4,7 +4,7 @@
 an exchange of the `exchange_calendars` package. All times are UTC milliseconds.
 """
 
-from functools import lru_cache
+from functools import cache
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -281,6 +281,6 @@ def _is_in(timestamps: Millis, labels: Millis) -> NDArray[np.bool_]:
     return np.asarray(labels[position] == timestamps)
 
 
-@lru_cache(maxsize=32)
+@cache  # the library knows about a hundred names, and a calendar takes a second to build
 def _build(name: str) -> Calendar:
     return Continuous(name) if name in ("24/7", "24/5") else Exchange(name)

@@ -29,7 +29,10 @@ def normalise_symbol(text: str) -> str:
 
 def normalise_interval(text: str) -> str:
     """`60m` as `1h`; ValueError if it is no interval."""
-    return interval_name(interval_ms(text))
+    try:
+        return interval_name(interval_ms(text))
+    except ValueError:  # its words repeat the text
+        raise ValueError("an interval is a number of m, h, d or w, such as 15m, 4h or 1d") from None
 
 
 def _normalise_levels(levels: list[float]) -> list[float]:

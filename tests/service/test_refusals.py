@@ -158,6 +158,13 @@ async def test_bad_fields_are_named(client: Any, rows: Any, name: str) -> None:
     assert_problem(await client.post("/forecast/BTC", content=body, headers=JSON), 422, code, pointer)
 
 
+async def test_an_interval_that_is_none_is_not_echoed(client: Any, rows: Any) -> None:
+    body = NAIVE | {"candles": rows(), "interval": "<b>1y"}
+    for answer in (await client.post("/forecast/BTC", json=body), await client.get("/candles/BTC?interval=<b>1y")):
+        assert answer.status_code == 422
+        assert "1y" not in answer.text
+
+
 async def test_toto_refuses_what_it_does_not_use(client: Any, put_naive: Any, rows: Any) -> None:
     put_naive("toto-demo", family="toto")
     for fields in ({"samples": 8}, {"paths": True}, {"top_k": 1}):

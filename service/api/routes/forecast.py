@@ -66,7 +66,7 @@ async def _answer(symbol: str, request: ForecastRequest, parts: Services, label:
         raise
     require_enough(len(series.timestamps), parameters, model.manifest.limits)
     item = _forecast_input(series, parameters, request.seed, model)
-    model.forecaster.check(item)
+    _check(model, item)
     computed = await parts.engine.submit(model, item, deadline)
     knowledge = instant_of_knowledge(request.as_of, issued_at)
     asked = Asked(model, series, parameters, item, issued_at, knowledge, parts.degraded)
@@ -108,6 +108,14 @@ def _forecast_input(series: Series, parameters: Parameters, seed: int | None, mo
         seed=seed,
         with_paths=parameters.paths,
     )
+
+
+def _check(model: LoadedModel, item: ForecastInput) -> None:
+    """ModelError if the item does not fit the model, without the caller's own text."""
+    try:
+        model.forecaster.check(item)
+    except ModelError as error:
+        raise ModelError(str(error).replace(f" {item.aggregate!r}", ""), error.field, error.code) from None
 
 
 def _outcome(error: Exception) -> str:

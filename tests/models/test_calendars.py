@@ -20,8 +20,8 @@ HOUR_MS = 3_600_000
 
 def at(*texts: str) -> Millis:
     """UTC wall clocks to milliseconds."""
-    epoch, millisecond = datetime(1970, 1, 1), timedelta(milliseconds=1)
-    return np.array([(datetime.fromisoformat(t) - epoch) // millisecond for t in texts])
+    epoch, millisecond = datetime.fromtimestamp(0, UTC), timedelta(milliseconds=1)
+    return np.array([(datetime.fromisoformat(t).replace(tzinfo=UTC) - epoch) // millisecond for t in texts])
 
 
 def shown(timestamps: Millis) -> list[str]:

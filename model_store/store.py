@@ -23,7 +23,7 @@ from pydantic_core import from_json
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from model_store.manifest import CONFIG, MANIFEST, WEIGHTS, FileEntry, Manifest, canonical_json, version_of
+from model_store.manifest import CONFIG, MANIFEST, WEIGHTS, Evaluation, FileEntry, Manifest, canonical_json, version_of
 
 CANDIDATE, PRODUCTION, PREVIOUS = "candidate", "production", "previous"
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -122,8 +122,12 @@ class ModelStore:
     def find(self, model: str, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> Manifest | None:
         """The newest version of `model` with this very config and these very tensors."""
         wanted = _entries(_serialise(config, weights))
-        manifests = (self._read_manifest(model, version) for version in reversed(self.versions(model)))
-        return next((manifest for manifest in manifests if manifest.files == wanted), None)
+        for version in reversed(self.versions(model)):
+            with contextlib.suppress(VerificationFailed):  # a broken version is nobody's equal
+                manifest = self._read_manifest(model, version)
+                if manifest.files == wanted:
+                    return manifest
+        return None
 
     # -- writing ---------------------------------------------------------------------------------
 
@@ -155,8 +159,8 @@ class ModelStore:
     def promote(self, reference: str, *, force: str | None = None) -> Manifest:
         """Make a version its name's production version; the old one becomes `previous`.
 
-        The gate verifies every hash and refuses a version without an evaluation, or with a worse one on the
-        same windows, where the current version has one. `force` is the reason for overriding the latter.
+        The gate verifies every hash and, where the current version has an evaluation, refuses a version without
+        one on the same test set, or with a worse one. `force` is the reason for overriding the latter.
         """
         if force is not None and not force.strip():
             raise PromotionRefused("an override needs a reason: --force REASON")
@@ -279,24 +283,33 @@ def _entries(contents: Mapping[str, bytes]) -> dict[str, FileEntry]:
 
 
 def _refuse_worse(new: Manifest, current: Manifest) -> None:
-    """PromotionRefused if the current version has a skill that the new one surely or possibly lacks."""
+    """PromotionRefused unless, wherever the current version's skill is known, the new one's on the very same test
+    set is known too and may, by its interval, be as high."""
     for old in current.evaluations:
         before = old.metrics.get(_GATE)
         if before is None:
             continue
-        fresh = new.evaluation(old.windows)
-        after = fresh.metrics.get(_GATE) if fresh else None
-        if after is None:
+        scored = [fresh for fresh in new.evaluations if fresh.windows == old.windows and _GATE in fresh.metrics]
+        same = [fresh for fresh in scored if _test_set(fresh) == _test_set(old)]
+        if not same:
+            other = "was scored on another test set than" if scored else f"has no {_GATE} beside"
             raise PromotionRefused(
-                f"{new.model}@{new.version} has no {_GATE} on the {old.windows} windows and the current version"
-                f" {current.version} has one: evaluate it, or give --force REASON"
+                f"{new.model}@{new.version} {other} the current version {current.version} on the"
+                f" {old.windows} windows: evaluate it on the same, or give --force REASON"
             )
+        after = same[0].metrics[_GATE]
         at_most = after.value if after.high is None else after.high
         if at_most < before.value:
             raise PromotionRefused(
                 f"{_GATE} on the {old.windows} windows is {after.value:+.4f} (at most {at_most:+.4f}),"
                 f" the current version's is {before.value:+.4f}: give --force REASON to promote it all the same"
             )
+
+
+def _test_set(evaluation: Evaluation) -> tuple[object, ...]:
+    """What two evaluations must share for their scores to be comparable."""
+    e = evaluation
+    return e.windows, e.start, e.end, e.interval, e.horizon, sorted(e.symbols)
 
 
 def _whoami() -> str:

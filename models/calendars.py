@@ -4,7 +4,7 @@
 an exchange of the `exchange_calendars` package. All times are UTC milliseconds.
 """
 
-from functools import lru_cache
+from functools import cache
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -172,8 +172,10 @@ class Exchange:
         # A lunch break cuts a session in two: within a day the grid starts anew after it.
         self._segment_opens = np.union1d(self._opens, _instants(schedule.break_ends.dropna()))
         self._segment_closes = np.union1d(self._closes, _instants(schedule.break_starts.dropna()))
-        midnights = schedule.sessions.tz_localize(self.timezone).tz_convert("UTC")
-        self._midnights: Millis = midnights.as_unit("ms").asi8
+        # Where the clock jumps over midnight the day begins after the jump, where it repeats midnight, at the first.
+        twice = np.ones(len(schedule.sessions), dtype=bool)
+        midnights = schedule.sessions.tz_localize(self.timezone, ambiguous=twice, nonexistent="shift_forward")
+        self._midnights: Millis = midnights.tz_convert("UTC").as_unit("ms").asi8
 
     def check(self, timestamps: Millis, interval: str) -> None:
         step = interval_ms(interval)
@@ -210,15 +212,18 @@ class Exchange:
 
     def opens(self, closes: Millis, interval: str) -> Millis:
         step = interval_ms(interval)
-        session = np.minimum(np.searchsorted(self._closes, closes), len(self._closes) - 1)
-        at_bell = self._closes[session] == closes
+        bells = self._closes if step == DAY_MS else self._segment_closes
+        bell = np.minimum(np.searchsorted(bells, closes), len(bells) - 1)
+        at_bell = bells[bell] == closes
         if step > DAY_MS or not at_bell.any():
             return closes - step
         if step == DAY_MS:
-            return np.where(at_bell, self._dates[session], closes - step)
+            return np.where(at_bell, self._dates[bell], closes - step)
         inside = closes[~at_bell] - step
-        first = self._opens[session]
-        first = first - first % step if len(inside) == 0 or inside[0] % step == 0 else first
+        first = self._segment_opens[bell]
+        # Where every candle ends with a bell, nothing tells the grids apart: it counts from the opening.
+        if len(inside) and not self._aligned(inside, step)[1]:
+            first = first - first % step
         last_slot = first + (closes - first - 1) // step * step  # the bell may cut it short
         return np.where(at_bell, last_slot, closes - step)
 
@@ -276,6 +281,6 @@ def _is_in(timestamps: Millis, labels: Millis) -> NDArray[np.bool_]:
     return np.asarray(labels[position] == timestamps)
 
 
-@lru_cache(maxsize=32)
+@cache  # the library knows about a hundred names, and a calendar takes a second to build
 def _build(name: str) -> Calendar:
     return Continuous(name) if name in ("24/7", "24/5") else Exchange(name)

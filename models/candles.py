@@ -27,6 +27,7 @@ LARGEST_VOLUME: Final = 1e30
 _FORECAST_FLOOR: Final = 1e-6  # of the last close
 
 DAY_MS: Final = 86_400_000
+_MOST_UNITS: Final = 9999  # four digits, as interval_ms reads them
 _UNIT_MS: Final[dict[str, int]] = {
     "m": 60_000,
     "h": 3_600_000,
@@ -64,7 +65,7 @@ def interval_ms(interval: str) -> int:
 def interval_name(milliseconds: int) -> str:
     """The one name of a length of time: `60m` and `1h` are both `1h`; ValueError if it has none."""
     for unit, length in reversed(_UNIT_MS.items()):
-        if milliseconds > 0 and milliseconds % length == 0:
+        if milliseconds % length == 0 and 0 < milliseconds // length <= _MOST_UNITS:
             return f"{milliseconds // length}{unit}"
     raise ValueError(f"{milliseconds} ms is not an interval")
 

@@ -42,6 +42,7 @@ class State:
         self._metrics = metrics
         self._watcher: asyncio.Task[None] | None = None
         self._stopping = asyncio.Event()
+        self._restart_failed = False
 
     async def start(self) -> None:
         """Start the private server where there is one; a remote one may be down."""
@@ -62,10 +63,20 @@ class State:
     async def _watch(self, every_seconds: float = 1.0) -> None:
         while not await self._stopped_within(every_seconds):
             if self._server and self._server.died:
-                _log.error("the private redis-server ended; starting it again")
-                with contextlib.suppress(StateError):
-                    await self._server.start(self.redis)
+                await self._restart(self._server)
             await self._ping()
+
+    async def _restart(self, server: "PrivateRedis") -> None:
+        """Start the server again; a failure is logged once and tried again at the next look."""
+        if not self._restart_failed:
+            _log.error("the private redis-server ended; starting it again")
+        try:
+            await server.restart(self.redis)
+            self._restart_failed = False
+        except (StateError, OSError) as error:
+            if not self._restart_failed:
+                _log.error("%s; trying again every second", error)
+            self._restart_failed = True
 
     async def _stopped_within(self, seconds: float) -> bool:
         with contextlib.suppress(TimeoutError):
@@ -112,34 +123,53 @@ class PrivateRedis:
 
     @property
     def died(self) -> bool:
-        return self._process is not None and self._process.poll() is not None
+        """The server is wanted, as long as the folder is ours, and does not run."""
+        return self._lock is not None and not self._runs
+
+    @property
+    def _runs(self) -> bool:
+        return self._process is not None and self._process.poll() is None
 
     async def start(self, client: Redis) -> None:
-        """Start the server and wait until it has loaded its data; StateError says why it cannot."""
+        """Take the folder and start the server; StateError says why it cannot, and leaves the folder to others."""
         if len(str(self._socket)) > _LONGEST_SOCKET_PATH:
             raise StateError(f"{self._socket} is too long for a unix socket: choose a shorter CANDLECAST_HOME")
         self._folder.mkdir(parents=True, exist_ok=True)
         self._take_lock()
+        try:
+            await self.restart(client)
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def restart(self, client: Redis) -> None:
+        """Start the server in the folder that is ours and wait until it has loaded its data; or StateError."""
         await self._end_orphan(client)
-        self._process = subprocess.Popen(
-            [_binary(), *self._options()],
-            cwd=self._folder,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # the terminal's Ctrl-C must not end it before the service has drained
-        )
+        try:
+            self._process = subprocess.Popen(
+                [_binary(), *self._options()],
+                cwd=self._folder,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # the terminal's Ctrl-C must not end it before the service has drained
+            )
+        except OSError as error:
+            raise StateError(f"redis-server cannot be run: {error.strerror}") from error
         await self._wait(client)
 
     async def stop(self) -> None:
         """End the server after it has written everything out, and leave the folder to others."""
-        if self._process and self._process.poll() is None:
-            self._process.terminate()
-            await asyncio.to_thread(self._process.wait)
-        self._process = None
+        await self._end_process()
         if self._lock:
             self._lock.close()
             self._lock = None
+
+    async def _end_process(self) -> None:
+        if self._process and self._runs:
+            self._process.terminate()
+            await asyncio.to_thread(self._process.wait)
+        self._process = None
 
     def _take_lock(self) -> None:
         if self._lock:
@@ -170,7 +200,7 @@ class PrivateRedis:
 
     async def _wait(self, client: Redis) -> None:
         deadline = asyncio.get_running_loop().time() + _STARTUP_SECONDS
-        while not self.died:
+        while self._runs:
             try:
                 await client.ping()
                 return
@@ -178,7 +208,7 @@ class PrivateRedis:
                 if asyncio.get_running_loop().time() > deadline:
                     break
                 await asyncio.sleep(0.02)
-        await self.stop()
+        await self._end_process()
         raise StateError(f"the private redis-server did not start: see {self._folder / 'redis.log'}")
 
 

@@ -17,8 +17,8 @@ from model_store.store import StoreError, VersionNotFound
 from models.calendars import UnknownCalendar
 from models.candles import InvalidCandles
 from models.forecaster import InvalidModelOutput, ModelError
-from service.engine.batcher import QueueFull
-from service.engine.engine import DeadlineExceeded, EngineStopped
+from service.engine.batcher import EngineStopped, QueueFull
+from service.engine.engine import DeadlineExceeded
 from service.engine.history import HistoryUnavailable, UnknownSymbol
 from service.engine.registry import ModelUnavailable
 

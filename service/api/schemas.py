@@ -11,6 +11,7 @@ from models.uniforms import MAX_SEED
 from service.api.errors import InputError
 
 _SYMBOL: Final = re.compile(r"[A-Z0-9^][A-Z0-9._^=-]{0,31}")
+_LEVELS: Final = (0.001, 0.999)  # further out no sample and no head of a model tells anything
 _REFERENCE: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}(@[A-Za-z0-9._-]{1,64})?$"
 
 
@@ -28,12 +29,15 @@ def normalise_symbol(text: str) -> str:
 
 def normalise_interval(text: str) -> str:
     """`60m` as `1h`; ValueError if it is no interval."""
-    return interval_name(interval_ms(text))
+    try:
+        return interval_name(interval_ms(text))
+    except ValueError:  # its words repeat the text
+        raise ValueError("an interval is a number of m, h, d or w, such as 15m, 4h or 1d") from None
 
 
 def _normalise_levels(levels: list[float]) -> list[float]:
-    if not all(0 < level < 1 for level in levels):
-        raise ValueError("each quantile lies between 0 and 1")
+    if not all(_LEVELS[0] <= level <= _LEVELS[1] for level in levels):
+        raise ValueError(f"each quantile lies between {_LEVELS[0]} and {_LEVELS[1]}")
     return sorted(set(levels))
 
 
@@ -72,7 +76,7 @@ class ForecastRequest(_Request):
     time_is: TimeIs = Field("open", description="What the timestamps of the candles are.")
     quantiles: Levels = list(DEFAULT_LEVELS)
     samples: int | None = Field(None, ge=1, le=512, description="Paths drawn.")
-    temperature: float | None = Field(None, gt=0, le=10)
+    temperature: float | None = Field(None, ge=0.01, le=10)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0, le=2**20, description="0 switches the filter off.")
     aggregate: str | None = Field(None, max_length=64, description="How paths become the point; default median.")
@@ -259,6 +263,7 @@ class ModelsAnswer(_Answer):
     """The model store."""
 
     models: list[ModelAnswer]
+    broken: list[str] = Field(description="What cannot be read and is never served; the service's log says why.")
 
 
 class Health(_Answer):

@@ -5,7 +5,7 @@ from typing import Final
 
 import numpy as np
 
-from models.candles import InvalidCandles, Millis
+from models.candles import InvalidCandles, Millis, check_timestamps
 from service.api.candle_formats import ParsedCandles, parse_candles, parse_instant
 from service.api.errors import InputError
 from service.api.schemas import ForecastRequest, PutCandlesRequest
@@ -135,6 +135,11 @@ async def _opens(parsed: ParsedCandles, interval: str, calendar: str, time_is: s
     if time_is == "close":
         opens = await opens_from_closes(parsed.timestamps, interval, calendar)
         parsed = replace(parsed, timestamps=opens)
+        try:
+            check_timestamps(opens)
+        except InvalidCandles as error:
+            detail = "the opening that belongs to this close is not after the one before"
+            raise InputError(detail, parsed.at_timestamp(error.row or 0), error.code) from None
     row = opens_in_future(parsed.timestamps, now)
     if row is not None:
         raise InputError(f"candle {row} opens in the future", parsed.at_timestamp(row), "future_timestamp")

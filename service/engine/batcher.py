@@ -20,6 +20,13 @@ class QueueFull(RuntimeError):
         self.retry_after = retry_after
 
 
+class EngineStopped(RuntimeError):
+    """The engine takes no requests: it has not started, or is shutting down."""
+
+    def __init__(self) -> None:
+        super().__init__("the engine takes no requests")
+
+
 @dataclass(frozen=True)
 class Timings:
     """Milliseconds that one request spent in each stage of the engine."""
@@ -75,10 +82,15 @@ class Batcher:
             return self._depth()
 
     def put(self, model: LoadedModel, item: ForecastInput, deadline: float, batch_seconds: float) -> Job:
-        """Queue a request; QueueFull if there is no room. `batch_seconds` is what a batch takes these days."""
+        """Queue a request; QueueFull if there is no room, EngineStopped once the batcher is closed.
+
+        `batch_seconds` is what a batch takes these days.
+        """
         bucket = (model.name, model.version, model.forecaster.bucket(item))
         future = asyncio.get_running_loop().create_future()
         with self._changed:
+            if self._closed:
+                raise EngineStopped
             if self._depth() >= self.max_queue:
                 self._forget_unwanted()
             if (depth := self._depth()) >= self.max_queue:

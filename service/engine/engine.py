@@ -5,10 +5,11 @@ import itertools
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from typing import Final
 
-from models.forecaster import Forecast, ForecastInput
-from service.engine.batcher import Batcher, Computed, Job, Timings
+from models.forecaster import Forecast, ForecastInput, InvalidModelOutput
+from service.engine.batcher import Batcher, Computed, EngineStopped, Job, Timings
 from service.engine.registry import LoadedModel
 from service.metrics import Metrics
 
@@ -22,13 +23,6 @@ class DeadlineExceeded(RuntimeError):
 
     def __init__(self) -> None:
         super().__init__("the deadline passed before the forecast was ready")
-
-
-class EngineStopped(RuntimeError):
-    """The engine takes no requests: it has not started, or is shutting down."""
-
-    def __init__(self) -> None:
-        super().__init__("the engine takes no requests")
 
 
 class Engine:
@@ -82,13 +76,24 @@ class Engine:
 
     def _work(self) -> None:
         while (jobs := self._batcher.take()) is not None:
-            try:
-                outcomes: list[Computed] | Exception = self._compute(jobs)
-            except Exception as error:  # noqa: BLE001 - it fails this batch and must not end the thread
-                _log.exception("a batch of %d for %s failed", len(jobs), jobs[0].model.name)
-                outcomes = error
+            outcomes = self._outcomes(jobs)
             assert self._loop is not None
             self._loop.call_soon_threadsafe(_deliver, jobs, outcomes)
+
+    def _outcomes(self, jobs: list[Job]) -> Sequence[Computed | Exception]:
+        """What became of each row; rows beside one without a forecast are computed alone, to the same bits."""
+        failure: Exception
+        try:
+            return self._compute(jobs)
+        except InvalidModelOutput as error:
+            _log.error("a batch of %d for %s: %s", len(jobs), jobs[0].model.name, error)
+            if len(jobs) > 1:
+                return [self._outcomes([job])[0] if job.wanted else DeadlineExceeded() for job in jobs]
+            failure = error
+        except Exception as error:  # noqa: BLE001 - it fails this batch and must not end the thread
+            _log.exception("a batch of %d for %s failed", len(jobs), jobs[0].model.name)
+            failure = error
+        return [failure] * len(jobs)
 
     def _compute(self, jobs: list[Job]) -> list[Computed]:
         taken = time.monotonic()
@@ -115,9 +120,9 @@ class Engine:
         return Computed(forecast, rows, Timings(*(1e3 * value for value in seconds)))
 
 
-def _deliver(jobs: list[Job], outcomes: list[Computed] | Exception) -> None:
-    for row, job in enumerate(jobs):
-        _resolve(job, outcomes if isinstance(outcomes, Exception) else outcomes[row])
+def _deliver(jobs: list[Job], outcomes: Sequence[Computed | Exception]) -> None:
+    for job, outcome in zip(jobs, outcomes, strict=True):
+        _resolve(job, outcome)
 
 
 def _resolve(job: Job, outcome: Computed | Exception) -> None:

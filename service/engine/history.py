@@ -1,17 +1,20 @@
 """Candle history in Redis: blocks of 500 fixed slots, so that a candle has one place whenever it arrives.
 
 `cc:1:{SYMBOL:interval}:c:<block>` holds 56-byte records (timestamp, then the six columns, little-endian); the
-slot of a candle is `timestamp // interval`, whatever its calendar: closed hours cost empty slots, and blocks
-without candles do not exist. A zero timestamp is an empty slot. Beside the blocks lie
+slot of a candle is `timestamp // unit`, whatever its calendar: closed hours cost empty slots, and blocks
+without candles do not exist. The unit is the interval, or for intraday candles what the interval and an hour have
+in common, since a session or the hours after a lunch break may begin a new grid. A zero timestamp is an empty
+slot. Beside the blocks lie
 
 - `cc:1:{SYMBOL:interval}:i`  sorted set of the blocks that exist,
 - `cc:1:{SYMBOL}:s`           hash interval -> calendar, prefixed `auto:` where it was inferred,
 - `cc:1:first`, `cc:1:last`   sorted sets `SYMBOL:interval` -> its oldest and newest timestamp.
 
-Every write is idempotent and commutes with the others.
+Every write is idempotent. Writes of different candles commute; of two restatements of one candle the later holds.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -19,12 +22,13 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from models.candles import Floats, Millis, interval_ms
+from models.candles import DAY_MS, Floats, Millis, interval_ms
 from service.metrics import Metrics
 from service.state import REDIS_ERRORS, State
 
 SLOTS: Final = 500
 RECORD: Final = np.dtype([("timestamp", "<i8"), ("candle", "<f8", (6,))])
+_HOUR_MS: Final = 3_600_000
 _AUTO: Final = "auto:"
 
 # Atomic per block, so that concurrent writers of one block neither lose a candle nor count it twice.
@@ -100,14 +104,14 @@ class History:
         with self._operation("history_put"):
             counts = [
                 await self._put_block(keys=[_block_key(symbol, interval, block), _index_key(symbol, interval)], args=a)
-                for block, a in _block_arguments(records, interval_ms(interval))
+                for block, a in _block_arguments(records, _slot_ms(interval))
             ]
             await self._describe(symbol, interval, int(timestamps[0]), int(timestamps[-1]), calendar)
         return PutCounts(*(int(total) for total in np.sum(counts, axis=0)))
 
     async def read(self, symbol: str, interval: str, count: int, before: int | None = None) -> tuple[Millis, Floats]:
         """The newest `count` candles that open before an instant: `[T]` timestamps, `[T, 6]` candles, T <= count."""
-        newest = "+inf" if before is None else str(before // interval_ms(interval) // SLOTS)
+        newest = "+inf" if before is None else str(before // _slot_ms(interval) // SLOTS)
         found: list[NDArray[Any]] = []
         total, skip, wanted = 0, 0, count // SLOTS + 2
         with self._operation("history_read"):
@@ -191,9 +195,15 @@ def _stored_series(member: str, name: bytes, oldest: dict[bytes, float], newest:
     return StoredSeries(symbol, interval, _calendar(name.decode()).name, first, int(newest[key]))
 
 
-def _block_arguments(records: NDArray[Any], step: int) -> list[tuple[int, list[int | bytes]]]:
+def _slot_ms(interval: str) -> int:
+    """No two candles of one calendar share a slot so long: where a market pauses, it does so for an hour at least."""
+    step = interval_ms(interval)
+    return step if step >= DAY_MS else math.gcd(step, _HOUR_MS)
+
+
+def _block_arguments(records: NDArray[Any], unit: int) -> list[tuple[int, list[int | bytes]]]:
     """Per block the script's arguments: offset and record of each candle, then the block's number."""
-    slots = records["timestamp"] // step
+    slots = records["timestamp"] // unit
     blocks, starts = np.unique(slots // SLOTS, return_index=True)
     arguments = []
     for block, rows in zip(blocks, np.split(np.arange(len(records)), starts[1:]), strict=True):

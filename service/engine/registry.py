@@ -56,6 +56,7 @@ class Registry:
         self._device = device
         self._metrics = metrics
         self._resolved: dict[str, tuple[tuple[int, int], str]] = {}
+        self._noted: set[str] = set()
         self._loads: dict[str, asyncio.Task[LoadedModel]] = {}
 
     async def get(self, reference: str) -> LoadedModel:
@@ -64,7 +65,7 @@ class Registry:
         Raises VersionNotFound or ModelUnavailable; requests for one version share one load, which
         goes on when a request is cancelled.
         """
-        exact = self._resolve(reference)
+        exact = await self._resolve(reference)
         load = self._loads.get(exact)
         if load is None:
             load = asyncio.create_task(self._load(exact), name=f"load {exact}")
@@ -79,16 +80,24 @@ class Registry:
             if load.done() and not load.cancelled() and load.exception() is None
         }
 
-    def _resolve(self, reference: str) -> str:
+    def note_broken(self, name: str, error: Exception) -> str:
+        """`name`, having logged the first time what is wrong with it."""
+        if name not in self._noted:
+            self._noted.add(name)
+            _log.error("%s", error)
+        return name
+
+    async def _resolve(self, reference: str) -> str:
         """`name@version` of a reference; the store is read again only when an alias has moved."""
         name, at, wanted = reference.partition("@")
         name = self.nicknames.get(name, name)
         reference = f"{name}{at}{wanted}"
         known = self._resolved.get(reference)
-        if known and known[0] == self._stamp(name):
+        stamp = self._stamp(name)  # before the aliases are read: one that moves meanwhile is noticed next time
+        if known and known[0] == stamp:
             return known[1]
-        exact = "@".join(self.store.resolve(reference))
-        self._resolved[reference] = (self._stamp(name), exact)
+        exact = "@".join(await asyncio.to_thread(self.store.resolve, reference))
+        self._resolved[reference] = (stamp, exact)
         return exact
 
     def _stamp(self, name: str) -> tuple[int, int]:

@@ -13,8 +13,6 @@ CLOCK_SKEW_MS: Final = 10_000  # an exchange's clock may run this far ahead of o
 AUTO: Final = "auto"
 _NEW_YORK: Final = "XNYS"
 
-_built: set[str] = {"24/7", "24/5"}
-
 
 @dataclass(frozen=True)
 class Series:
@@ -36,17 +34,12 @@ class Series:
 
 async def load_calendar(name: str) -> Calendar:
     """The calendar of that name; an exchange's first use takes a second, off the event loop."""
-    if name not in _built:
-        await asyncio.to_thread(get_calendar, name)
-        _built.add(name)
-    return get_calendar(name)
+    return await asyncio.to_thread(get_calendar, name)
 
 
 async def infer(timestamps: Millis, interval: str) -> str:
     """The name of the calendar that explains the candles."""
-    if _NEW_YORK not in _built:
-        await load_calendar(_NEW_YORK)
-    return infer_calendar(timestamps, interval)
+    return await asyncio.to_thread(infer_calendar, timestamps, interval)
 
 
 async def opens_from_closes(closes: Millis, interval: str, calendar: str) -> Millis:
@@ -56,7 +49,7 @@ async def opens_from_closes(closes: Millis, interval: str, calendar: str) -> Mil
         return (await load_calendar(calendar)).opens(closes, interval)
     shifted = closes - interval_ms(interval)
     if await infer(shifted, interval) != _NEW_YORK:
-        at_sessions = get_calendar(_NEW_YORK).opens(closes, interval)
+        at_sessions = (await load_calendar(_NEW_YORK)).opens(closes, interval)
         if (np.diff(at_sessions) > 0).all() and await infer(at_sessions, interval) == _NEW_YORK:
             return at_sessions
     return shifted

@@ -269,6 +269,10 @@ def test_a_broken_version_does_not_hide_the_good_ones(store: ModelStore, home: P
     (home / "manifest.json").write_bytes(b"{")
     assert store.models() == ["demo"]
     assert store.versions("demo") == [home.name, good]
+    found = store.find("demo", CONFIG, tensors(1))
+    assert found is not None
+    assert found.version == good
+    assert store.find("demo", CONFIG, tensors(2)) is None
     assert store.promote("demo").version == good
     assert store.load("demo").manifest.version == good
 
@@ -454,6 +458,19 @@ def test_the_gate(store: ModelStore, before: dict[str, Any], after: dict[str, An
     with pytest.raises(PromotionRefused, match=r"skill_vs_naive on the test windows.*--force REASON|no skill_vs_naive"):
         store.promote(f"demo@{second}")
     assert store.aliases("demo") == {"production": first}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"start": "2011-01-01"}, {"end": "2011-01-01"}, {"interval": "1h"}, {"horizon": 8}, {"symbols": ["AAPL", "IBM"]}],
+)
+def test_a_better_score_on_another_test_set_is_no_reason(store: ModelStore, change: dict[str, Any]) -> None:
+    store.promote(f"demo@{put(store, 0, **evaluated(0.01))}")
+    other = evaluated(0.5)["evaluations"][0] | change
+    with pytest.raises(PromotionRefused, match=r"another test set than the current version .*--force REASON"):
+        store.promote(f"demo@{put(store, 1, evaluations=[other])}")
+    both = [other, *evaluated(0.02)["evaluations"]]
+    store.promote(f"demo@{put(store, 2, evaluations=both)}")
 
 
 def test_every_window_of_the_current_version_must_hold(store: ModelStore) -> None:

@@ -1,9 +1,10 @@
 """When candles happen, on real calendars and real candles."""
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
+import exchange_calendars
 import numpy as np
 import pandas as pd
 import pytest
@@ -19,7 +20,8 @@ HOUR_MS = 3_600_000
 
 def at(*texts: str) -> Millis:
     """UTC wall clocks to milliseconds."""
-    return np.array([int(datetime.fromisoformat(t).replace(tzinfo=UTC).timestamp() * 1000) for t in texts])
+    epoch, millisecond = datetime.fromtimestamp(0, UTC), timedelta(milliseconds=1)
+    return np.array([(datetime.fromisoformat(t).replace(tzinfo=UTC) - epoch) // millisecond for t in texts])
 
 
 def shown(timestamps: Millis) -> list[str]:
@@ -198,6 +200,18 @@ def test_a_lunch_break_has_no_candles() -> None:
     assert shown(get_calendar("XHKG").closes(at("2024-03-08 03:30"), "1h")) == ["2024-03-08 04:00"]
 
 
+@pytest.mark.parametrize("name", ["XNYS", "XHKG", "XTKS"])
+@pytest.mark.parametrize(
+    ("interval", "on_the_clock"), [(i, clock) for i in ("15m", "1h", "2h") for clock in (False, True)] + [("4h", False)]
+)
+def test_the_closes_of_a_week_lead_back_to_its_opens(name: str, interval: str, on_the_clock: bool) -> None:
+    calendar, step = get_calendar(name), interval_ms(interval)
+    opening = at({"XNYS": "2024-03-06 14:30", "XHKG": "2024-03-06 01:30", "XTKS": "2024-03-06 00:00"}[name])
+    first = opening // step * step if on_the_clock else opening
+    opens = np.concatenate([first, calendar.following(first, interval, 40)])
+    assert (calendar.opens(calendar.closes(opens, interval), interval) == opens).all()
+
+
 def test_a_candle_at_night_is_off_the_grid() -> None:
     with pytest.raises(InvalidCandles, match="2024-03-12T02:30") as caught:
         get_calendar("XNYS").check(at("2024-03-11 13:30", "2024-03-12 02:30"), "1h")
@@ -250,6 +264,19 @@ def test_daily_goog_reproduces_itself_for_nine_years(goog: Millis) -> None:
 
 def test_weekly_candles_step_by_weeks_whatever_the_exchange() -> None:
     assert following("XNYS", "1w", "2024-07-01", 2) == ["2024-07-08 00:00", "2024-07-15 00:00"]
+
+
+def test_every_calendar_of_the_library_is_built_once() -> None:
+    names = exchange_calendars.get_calendar_names(include_aliases=False)
+    built = {name: get_calendar(name) for name in names}
+    assert [name for name in names if built[name].name != name or get_calendar(name) is not built[name]] == []
+
+
+def test_a_day_without_midnight_begins_after_the_jump() -> None:
+    calendar, days = get_calendar("BVMF"), at("1997-10-02 03:00", "1997-10-03 03:00", "1997-10-06 03:00")
+    calendar.check(days, "1d")  # Brazil went from 23:59 to 01:00
+    assert shown(calendar.local(days, "1d")) == ["1997-10-02 00:00", "1997-10-03 00:00", "1997-10-06 00:00"]
+    assert shown(calendar.following(days, "1d", 1)) == ["1997-10-07 02:00"]
 
 
 def test_candles_from_1985_have_a_calendar() -> None:

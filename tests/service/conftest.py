@@ -13,7 +13,7 @@ from fastapi import FastAPI
 
 from model_store.manifest import Manifest
 from model_store.store import ModelStore
-from models.forecaster import Batch, Forecast, ForecastInput, Raw
+from models.forecaster import Batch, Forecast, ForecastInput, InvalidModelOutput, Raw
 from models.naive import NaiveForecaster
 from service.app import create_app
 from service.settings import Settings
@@ -33,7 +33,7 @@ def now() -> int:
 
 
 class Faulty(NaiveForecaster):
-    """The naive forecaster with switches: hold every batch, fail the next one, spoil its output."""
+    """The naive forecaster with switches: hold every batch, fail the next one, spoil its output, refuse a seed."""
 
     def __init__(self) -> None:
         self.open = threading.Event()
@@ -41,6 +41,7 @@ class Faulty(NaiveForecaster):
         self.entered = threading.Event()
         self.failure: Exception | None = None
         self.spoil = False
+        self.guilty: int | None = None
         self.batches: list[list[int]] = []
 
     def bucket(self, item: ForecastInput) -> Hashable:
@@ -56,6 +57,8 @@ class Faulty(NaiveForecaster):
         return {}
 
     def finish(self, raw: Raw, batch: Batch) -> list[Forecast]:
+        if self.guilty in (item.seed for item in batch.inputs):
+            raise InvalidModelOutput("a row is no forecast")
         forecasts = super().finish(raw, batch)
         if self.spoil:
             forecasts[0].prob_up[0] = np.nan

@@ -75,6 +75,16 @@ async def test_an_inferred_calendar_is_revised_by_later_candles(client: Any) -> 
     assert (await client.get("/candles/XYZ")).json()["calendar"] == "24/7"
 
 
+async def test_candles_around_a_lunch_break_have_a_slot_each(client: Any) -> None:
+    opens = [MONDAY + DAY * k + at for k in range(3) for at in (0, 3 * HOUR + HOUR // 2)]  # Tokyo
+    sent = [[time, 10.0, 11.0, 9.0, 10.0, 1.0] for time in opens]
+    for begun in (0, 1):
+        answer = await put(client, "7203.T", candles=sent[begun::2], interval="4h", calendar="XTKS")
+        assert (answer["new"], answer["restated"]) == (3, 0)
+    got = (await client.get(f"/candles/7203.T?before={opens[-1]}")).json()["candles"]
+    assert [row[0] for row in got] == opens[:-1]
+
+
 @pytest.mark.parametrize("late", [0, -1])
 async def test_candles_labelled_by_their_close_are_shifted(client: Any, rows: Any, late: int) -> None:
     sent = rows(5)
@@ -89,6 +99,15 @@ async def test_daily_candles_labelled_by_the_bell_find_their_session(client: Any
     assert answer["calendar"] == "XNYS"
     got = (await client.get("/candles/XYZ")).json()["candles"]
     assert [row[0] for row in got] == [MONDAY + DAY * k for k in range(4)]
+
+
+async def test_two_closes_of_one_day_are_refused(client: Any) -> None:
+    closes = [MONDAY + 20 * HOUR, MONDAY + DAY, MONDAY + DAY + 20 * HOUR]  # the bell and midnight
+    sent = [[time, 10.0, 11.0, 9.0, 10.0, 1.0] for time in closes]
+    body = {"candles": sent, "interval": "1d", "time_is": "close", "calendar": "XNYS"}
+    for answer in (await client.put("/candles/XYZ", json=body), await client.post("/forecast/XYZ", json=body)):
+        assert answer.status_code == 422, answer.text
+        assert answer.json()["errors"][0]["pointer"] == "/candles/1/0"
 
 
 async def test_hourly_session_candles_keep_their_short_last_slot(client: Any) -> None:

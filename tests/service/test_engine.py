@@ -143,6 +143,22 @@ async def test_a_forecast_that_is_not_finite_never_leaves(
     assert "NaN" not in answer.text
 
 
+async def test_one_row_without_a_forecast_fails_no_other(
+    running: Any, rows: Any, faulty: Any, faulty_build: Any
+) -> None:
+    async with running(build=faulty_build) as (client, app):
+        first = await held(client, rows, faulty)
+        others = [ask(client, rows, seed=seed) for seed in (1, 2, 3)]
+        await until(lambda: waiting(app) == 3)
+        faulty.guilty = 2
+        faulty.open.set()
+        answers = await asyncio.gather(first, *others)
+        assert [answer.status_code for answer in answers] == [200, 200, 500, 200]
+        assert answers[2].json()["code"] == "model_output_invalid"
+        assert [answer.json()["meta"]["batch_rows"] for answer in (answers[1], answers[3])] == [1, 1]
+        assert (await ask(client, rows, seed=4)).status_code == 200
+
+
 async def test_a_timeout_inside_the_model_is_no_deadline(
     running: Any, rows: Any, faulty: Any, faulty_build: Any
 ) -> None:
@@ -162,6 +178,8 @@ async def test_whatever_waits_at_shutdown_is_answered_503(
         refused = await second
         assert refused.status_code == 503
         assert refused.json()["code"] == "not_ready"
+        too_late = await ask(client, rows, seed=2, timeout_ms=3000)
+        assert too_late.status_code == 503
         faulty.open.set()
         await stopping
         assert (await first).status_code == 200

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
+from models.calendars import get_calendar
 from service.engine.history import History, HistoryUnavailable, PutCounts, StoredCalendar
 from service.metrics import Metrics
 from service.state import State
@@ -93,6 +94,17 @@ async def test_a_sparse_history_is_read_across_its_holes(history: History) -> No
     stored = await history.read("BTC", "1h", 3000)
     assert (stored[0] == sparse[-3000:]).all()
     assert (stored[1] == candles[-3000:]).all()
+
+
+@pytest.mark.parametrize(("calendar", "interval"), [("CMES", "50m"), ("XHKG", "90m"), ("XTKS", "4h"), ("XNYS", "1d")])
+async def test_every_candle_of_a_calendar_has_its_own_slot(history: History, calendar: str, interval: str) -> None:
+    first = np.array([int(np.datetime64("2012-03-08", "ms").astype(np.int64))])
+    timestamps = get_calendar(calendar).following(first, interval, 2500)
+    candles = np.random.default_rng(1).uniform(1, 2, (2500, 6))
+    assert await history.put("X", interval, timestamps, candles, DAILY) == PutCounts(2500, 0, 0)
+    stored = await history.read("X", interval, 2000)
+    assert (stored[0] == timestamps[-2000:]).all()
+    assert (stored[1] == candles[-2000:]).all()
 
 
 async def test_the_stored_format_never_changes_unnoticed(history: History, state: State) -> None:

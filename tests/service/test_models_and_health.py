@@ -1,13 +1,19 @@
 """GET /models, the probes, the metrics."""
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from prometheus_client import CollectorRegistry
 
+from model_store.store import ModelStore
+from models.naive import NaiveForecaster
 from service.app import create_admin_app
+from service.engine.registry import Registry
+from service.metrics import Metrics
 
 pytestmark = pytest.mark.anyio
 
@@ -56,6 +62,45 @@ async def test_a_version_that_does_not_load_is_503_and_tried_again(running: Any,
         assert (await client.post("/forecast/BTC", json=body)).status_code == 200
 
 
+class Watched(ModelStore):
+    """A store that tells from where it is asked, and whose aliases may move while it answers."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.asked_by: list[threading.Thread] = []
+        self.promoted_next: str | None = None
+
+    def resolve(self, reference: str) -> tuple[str, str]:
+        found = super().resolve(reference)
+        self.asked_by.append(threading.current_thread())
+        moved, self.promoted_next = self.promoted_next, None
+        if moved:
+            self.promote(moved, force="test")
+        return found
+
+
+def registry_of(store: ModelStore) -> Registry:
+    return Registry(store, lambda *_: NaiveForecaster(), {}, "cpu", Metrics(CollectorRegistry()))
+
+
+async def test_an_alias_that_moves_while_it_is_read_is_read_again(store: ModelStore, put_naive: Any) -> None:
+    newer = put_naive(created_at="2025-02-01T00:00:00Z").version
+    older = put_naive().version
+    watched = Watched(store.root)
+    registry = registry_of(watched)
+    watched.promoted_next = f"naive@{newer}"
+    assert (await registry.get("naive")).version == older
+    assert (await registry.get("naive")).version == newer
+
+
+async def test_unknown_references_are_looked_up_off_the_event_loop(store: ModelStore, put_naive: Any) -> None:
+    put_naive()
+    watched = Watched(store.root)
+    await registry_of(watched).get("naive")
+    assert threading.current_thread() not in watched.asked_by
+    assert watched.asked_by
+
+
 async def test_damaged_weights_are_never_served(running: Any, rows: Any, store: Any, put_naive: Any) -> None:
     manifest = put_naive("broken")
     path = Path(store.root) / "broken" / manifest.version / "config.json"
@@ -64,6 +109,22 @@ async def test_damaged_weights_are_never_served(running: Any, rows: Any, store: 
         answer = await client.post("/forecast/BTC", json=NAIVE | {"model": "broken", "candles": rows()})
         assert answer.status_code == 503
         assert answer.json()["code"] == "model_unavailable"
+
+
+async def test_a_broken_manifest_hides_no_other_model(
+    running: Any, store: Any, put_naive: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    version = put_naive("broken").version
+    put_naive("tangled")
+    (Path(store.root) / "broken" / version / "manifest.json").write_bytes(b"{")
+    (Path(store.root) / "tangled" / "aliases.json").write_bytes(b"[]")
+    async with running() as (client, _):
+        for _ in range(2):
+            answer = await client.get("/models")
+            assert answer.status_code == 200
+            assert answer.json()["broken"] == [f"broken@{version}", "tangled"]
+            assert {model["name"] for model in answer.json()["models"]} == {"naive", "toto-demo"}
+    assert len([record for record in caplog.records if "broken@" in record.getMessage()]) == 1
 
 
 async def test_probes_are_green_while_the_service_runs(client: Any) -> None:

@@ -121,6 +121,7 @@ async def test_aggregate_that_the_model_cannot_give_is_422(client: Any, rows: An
     answer = await client.post("/forecast/BTC", json=body)
     assert answer.status_code == 422
     assert answer.json()["errors"][0]["pointer"] == "/aggregate"
+    assert f"'{aggregate}'" not in answer.text
 
 
 async def test_mean_of_totos_mixture_is_answered(client: Any, rows: Any) -> None:

@@ -74,6 +74,13 @@ async def test_bad_candles_are_named(client: Any, rows: Any, name: str) -> None:
         assert_problem(answer, 422, code, pointer)
 
 
+async def test_a_step_too_long_for_a_name_is_no_interval(client: Any, rows: Any) -> None:
+    sent = rows(step=10_007 * 60_000)
+    for method, path, body in (("POST", "/forecast/BTC", {"model": "naive"}), ("PUT", "/candles/BTC", {})):
+        answer = await client.request(method, path, json=body | {"candles": sent})
+        assert_problem(answer, 422, "unknown_interval", "/interval")
+
+
 async def test_a_repeated_timestamp_is_named(client: Any, rows: Any) -> None:
     sent = rows()
     sent[4][0] = sent[3][0]
@@ -120,6 +127,9 @@ BAD_FIELDS = {
     "unknown field": ({"horizn": 3}, "invalid_input", "/horizn"),
     "interval": ({"interval": "1y"}, "invalid_input", "/interval"),
     "quantile one": ({"quantiles": [0.1, 1.0]}, "invalid_input", "/quantiles"),
+    "quantile too low": ({"quantiles": [0.0009]}, "invalid_input", "/quantiles"),
+    "quantile too high": ({"quantiles": [0.5, 0.9991]}, "invalid_input", "/quantiles"),
+    "temperature near zero": ({"temperature": 0.009}, "invalid_input", "/temperature"),
     "no quantiles": ({"quantiles": []}, "invalid_input", "/quantiles"),
     "quantile NaN": ({"quantiles": [float("nan")]}, "invalid_input", "/quantiles/0"),
     "calendar": ({"calendar": "XXXX"}, "unknown_calendar", "/calendar"),
@@ -146,6 +156,13 @@ async def test_bad_fields_are_named(client: Any, rows: Any, name: str) -> None:
     fields, code, pointer = BAD_FIELDS[name]
     body = json.dumps(NAIVE | {"candles": rows()} | fields)
     assert_problem(await client.post("/forecast/BTC", content=body, headers=JSON), 422, code, pointer)
+
+
+async def test_an_interval_that_is_none_is_not_echoed(client: Any, rows: Any) -> None:
+    body = NAIVE | {"candles": rows(), "interval": "<b>1y"}
+    for answer in (await client.post("/forecast/BTC", json=body), await client.get("/candles/BTC?interval=<b>1y")):
+        assert answer.status_code == 422
+        assert "1y" not in answer.text
 
 
 async def test_toto_refuses_what_it_does_not_use(client: Any, put_naive: Any, rows: Any) -> None:

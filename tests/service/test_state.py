@@ -89,6 +89,28 @@ async def test_a_private_server_that_dies_is_started_again(tmp_path: Path) -> No
     await state.stop()
 
 
+@pytest.mark.parametrize("script", ["#!/nowhere\n", "#!/bin/sh\nexit 1\n"])
+async def test_a_restart_that_fails_is_tried_again_and_keeps_the_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str
+) -> None:
+    home, broken = tmp_path / "home", tmp_path / "redis-server"
+    state = new_state(home)
+    await state.start()
+    await state.redis.set("key", "kept")
+    await asyncio.sleep(1.1)  # appendfsync everysec
+    broken.write_text(script)
+    broken.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    os.kill(server_pid(state), signal.SIGKILL)
+    await until(lambda: state._restart_failed and not state.up)
+    with pytest.raises(StateError, match="CANDLECAST_HOME"):
+        await new_state(home).start()
+    broken.unlink()
+    await until(lambda: state.up)
+    assert await state.redis.get("key") == b"kept"
+    await state.stop()
+
+
 async def test_a_home_too_long_for_a_socket_says_so(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="too long"):
         await new_state(tmp_path / ("x" * 100)).start()

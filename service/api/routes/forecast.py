@@ -15,8 +15,8 @@ from service.api.parameters import Parameters, require_enough, settle
 from service.api.schemas import ForecastAnswer, ForecastRequest, normalise_symbol
 from service.api.sources import candles_in_body, candles_in_history, instant_of_knowledge
 from service.api.wire import ClientGone, StrictRoute, unless_gone
-from service.engine.batcher import QueueFull
-from service.engine.engine import DeadlineExceeded, EngineStopped
+from service.engine.batcher import EngineStopped, QueueFull
+from service.engine.engine import DeadlineExceeded
 from service.engine.history import HistoryUnavailable, UnknownSymbol
 from service.engine.registry import LoadedModel
 from service.engine.series import Series
@@ -66,7 +66,7 @@ async def _answer(symbol: str, request: ForecastRequest, parts: Services, label:
         raise
     require_enough(len(series.timestamps), parameters, model.manifest.limits)
     item = _forecast_input(series, parameters, request.seed, model)
-    model.forecaster.check(item)
+    _check(model, item)
     computed = await parts.engine.submit(model, item, deadline)
     knowledge = instant_of_knowledge(request.as_of, issued_at)
     asked = Asked(model, series, parameters, item, issued_at, knowledge, parts.degraded)
@@ -108,6 +108,14 @@ def _forecast_input(series: Series, parameters: Parameters, seed: int | None, mo
         seed=seed,
         with_paths=parameters.paths,
     )
+
+
+def _check(model: LoadedModel, item: ForecastInput) -> None:
+    """ModelError if the item does not fit the model, without the caller's own text."""
+    try:
+        model.forecaster.check(item)
+    except ModelError as error:
+        raise ModelError(str(error).replace(f" {item.aggregate!r}", ""), error.field, error.code) from None
 
 
 def _outcome(error: Exception) -> str:

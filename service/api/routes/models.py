@@ -7,8 +7,9 @@ from typing import Any
 from fastapi import APIRouter
 
 from model_store.manifest import Evaluation, Manifest
-from model_store.store import PRODUCTION, ModelStore
+from model_store.store import PRODUCTION, VerificationFailed
 from service.api.schemas import EvaluationAnswer, LimitsAnswer, ModelAnswer, ModelsAnswer
+from service.engine.registry import Registry
 from service.services import Parts
 
 router = APIRouter()
@@ -16,21 +17,28 @@ router = APIRouter()
 
 @router.get("/models", response_model=ModelsAnswer, summary="Models that can be asked for")
 async def get_models(parts: Parts) -> Any:
-    """Every version in the store, with its aliases, limits and scores."""
+    """Every version in the store, with its aliases, limits and scores, and the names of those that are broken."""
     loaded = set(parts.registry.loaded())
-    found = await asyncio.to_thread(_describe_all, parts.registry.store, parts.registry.nicknames, loaded)
-    return ModelsAnswer(models=found)
+    return await asyncio.to_thread(_describe_all, parts.registry, loaded)
 
 
-def _describe_all(store: ModelStore, nicknames: Mapping[str, str], loaded: set[str]) -> list[ModelAnswer]:
-    answers = []
+def _describe_all(registry: Registry, loaded: set[str]) -> ModelsAnswer:
+    """What can be read; one broken version or table of aliases hides nothing else."""
+    store, found, broken = registry.store, [], []
     for name in store.models():
-        aliases = store.aliases(name)
+        try:
+            aliases = store.aliases(name)
+        except VerificationFailed as error:  # no version can be resolved without it
+            broken.append(registry.note_broken(name, error))
+            continue
         for version in store.versions(name):
+            exact = f"{name}@{version}"
             pointing = sorted(alias for alias, target in aliases.items() if target == version)
-            manifest = store.manifest(f"{name}@{version}")
-            answers.append(_describe(manifest, pointing, nicknames, f"{name}@{version}" in loaded))
-    return answers
+            try:
+                found.append(_describe(store.manifest(exact), pointing, registry.nicknames, exact in loaded))
+            except VerificationFailed as error:
+                broken.append(registry.note_broken(exact, error))
+    return ModelsAnswer(models=found, broken=broken)
 
 
 def _describe(manifest: Manifest, aliases: list[str], nicknames: Mapping[str, str], loaded: bool) -> ModelAnswer:

@@ -1,20 +1,16 @@
 """What a request asks of a version: its own words, else the version's serving defaults, else the built-in ones."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import dataclass, replace
+from typing import Final
 
 from model_store.manifest import ModelLimits
-from models.forecaster import ModelError, Sampling
+from models.forecaster import DEFAULT_HORIZON, DEFAULT_LOOKBACK, ModelError, Sampling, served_sampling
 from service.api.errors import InputError
 from service.api.schemas import ForecastRequest
 from service.engine.registry import LoadedModel
 
 _TOTO_PASS: Final = 64  # steps that Toto answers in one pass, without drawing anything
-_HORIZON: Final[Mapping[str, int]] = {"toto": 64}
-_HISTORY_LOOKBACK: Final[Mapping[str, int]] = {"kronos": 64}
 _SAMPLING: Final = ("samples", "temperature", "top_p", "top_k")
-_BUILT_IN: Final[Mapping[str, Any]] = {"samples": 32, "temperature": 1.0, "top_p": 0.9, "top_k": 0}
 
 
 @dataclass(frozen=True)
@@ -34,19 +30,18 @@ class Parameters:
 def settle(request: ForecastRequest, model: LoadedModel) -> Parameters:
     """The parameters of a request to one version; ModelError names the field that does not fit it."""
     limits, serving = model.manifest.limits, model.manifest.serving
-    horizon = request.horizon or min(serving.get("horizon", _HORIZON.get(model.family, 30)), limits.max_horizon)
+    horizon = request.horizon or min(serving.get("horizon", DEFAULT_HORIZON[model.family]), limits.max_horizon)
     if horizon > limits.max_horizon:
         raise ModelError(f"the model forecasts {limits.max_horizon} steps at most", "horizon", "horizon_too_long")
     draws = model.family == "kronos" or (model.family == "toto" and horizon > _TOTO_PASS)
     _refuse_unused(request, model.family, draws)
-    given = {name: getattr(request, name) for name in _SAMPLING}
-    settled = {name: given[name] if given[name] is not None else serving.get(name, _BUILT_IN[name]) for name in given}
+    given = {name: value for name in _SAMPLING if (value := getattr(request, name)) is not None}
     return Parameters(
         horizon=horizon,
         lookback=_lookback(request, model, horizon),
         exact_lookback=request.lookback is not None,
         levels=tuple(request.quantiles),
-        sampling=Sampling(**settled),
+        sampling=replace(served_sampling(serving), **given),
         draws=draws,
         aggregate=request.aggregate or serving.get("aggregate", "median"),
         paths=request.paths,
@@ -92,4 +87,4 @@ def _default_lookback(request: ForecastRequest, model: LoadedModel) -> int:
     most = model.manifest.limits.max_context
     if request.candles is not None:
         return most
-    return int(model.manifest.serving.get("lookback", _HISTORY_LOOKBACK.get(model.family, most)))
+    return int(model.manifest.serving.get("lookback", DEFAULT_LOOKBACK.get(model.family, most)))

@@ -125,7 +125,9 @@ class Batcher:
     def _take_oldest(self) -> list[Job]:
         bucket = min(self._buckets, key=lambda key: self._buckets[key][0])
         waiting = self._buckets[bucket]
-        jobs = [heapq.heappop(waiting) for _ in range(min(self.max_rows, len(waiting)))]
+        first = waiting[0]
+        rows = min(self.max_rows, first.model.forecaster.max_rows(first.item), len(waiting))
+        jobs = [heapq.heappop(waiting) for _ in range(rows)]
         if not waiting:
             del self._buckets[bucket]
         return jobs

@@ -171,3 +171,16 @@ def test_repair_works_on_paths_too() -> None:
     paths = np.random.default_rng(0).uniform(1, 2, (8, 3, 5))
     repaired = repair_ohlc(paths)
     assert (repaired[5, 1] == repair_ohlc(paths[5, 1:2])[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "reason"),
+    [(3, 1e-13, "below"), (1, 1e16, "above"), (4, 1e31, "more volume"), (5, 1e31, "more volume")],
+)
+def test_magnitudes_that_single_precision_cannot_hold_are_refused(column: int, value: float, reason: str) -> None:
+    candles = np.full((3, 6), 5.0)
+    candles[1, column] = value
+    if column == 3:
+        candles[1, :4] = value
+    with pytest.raises(InvalidCandles, match=f"candle 1 .*{reason}"):
+        check_candles(candles)

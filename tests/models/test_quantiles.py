@@ -155,3 +155,11 @@ def test_the_refusal_lists_what_would_be_accepted() -> None:
 )
 def test_levels_beyond_the_paths_are_named(levels: tuple[float, ...], samples: int, unreachable: list[float]) -> None:
     assert unreachable_levels(levels, samples) == unreachable
+
+
+@pytest.mark.parametrize(
+    "spec", ["mean_plus_std_11", "mean_minus_std_500", "mean_quantile_mix_0.9_2", "quantile_plus_std_0.5_99"]
+)
+def test_aggregates_out_of_proportion_are_refused(spec: str) -> None:
+    with pytest.raises(ValueError, match=r"more than 10|above 1"):
+        parse_aggregate(spec)

@@ -45,3 +45,12 @@ def test_aggregated_bars_equal_a_slow_loop(windows):
             part = window[3 * bar : 3 * bar + 3]
             expected = [part[0, 0], part[:, 1].max(), part[:, 2].min(), part[-1, 3], part[:, 4].sum(), part[:, 5].sum()]
             np.testing.assert_allclose(merged[row, bar], expected)
+
+
+def test_amounts_follow_the_new_prices(windows):
+    for changed in (
+        mirror(windows, np.ones(len(windows), dtype=bool)),
+        scale_moves(windows, -np.ones(windows.shape[:2])),
+    ):
+        expected = changed[..., :4].mean(axis=-1) * changed[..., 4]
+        np.testing.assert_allclose(changed[..., 5], expected)

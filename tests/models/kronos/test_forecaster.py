@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from models.candles import check_candles, with_amount
-from models.forecaster import forecast
+from models.candles import TooFewCandles, check_candles, with_amount
+from models.forecaster import ModelError, forecast
 from models.kronos.forecaster import KronosForecaster, normalise
 from models.kronos.network import KronosPredictor, PredictorConfig
 from models.kronos.tokenizer import KronosTokenizer, TokenizerConfig
@@ -65,6 +65,36 @@ def test_every_path_is_made_of_valid_candles(kronos, make_request):
     result = forecast(kronos, [make_request(64, 16, seed=11, samples=16, temperature=3.0, with_paths=True)])[0]
     check_candles(with_amount(result.paths.reshape(-1, 5)))
     check_candles(with_amount(result.point))
+
+
+def test_paths_that_need_too_much_memory_are_refused_and_batches_stay_small(kronos, make_request):
+    small, large = make_request(64, 8, seed=1, samples=4), make_request(64, 200, seed=1, samples=256)
+    kronos.check(small)
+    kronos.check(large)
+    assert kronos.max_rows(small) > 1000 > 4 > kronos.max_rows(large)
+    with pytest.raises(ModelError, match="memory"):
+        kronos.check(make_request(64, 1900, seed=1, samples=512))
+
+
+def test_requests_beyond_the_limits_are_refused(kronos, make_request):
+    with pytest.raises(TooFewCandles):
+        kronos.check(make_request(1, 8, seed=1))
+    with pytest.raises(ModelError, match="2046 steps"):
+        kronos.check(make_request(64, 2047, seed=1))
+    with pytest.raises(ModelError, match="1900 steps ahead the model sees 148 candles"):
+        kronos.check(make_request(149, 1900, seed=1, samples=4))
+
+
+def test_aggregate_below_zero_is_floored(kronos, make_request):
+    item = make_request(64, 8, seed=1, samples=8, temperature=5.0, aggregate="mean_minus_std_10")
+    assert (forecast(kronos, [item])[0].point > 0).all()
+
+
+def test_prices_below_the_networks_resolution_are_answered_with_a_warning(kronos, make_request):
+    item = make_request(64, 4, seed=1, samples=64)
+    tiny = replace(item, candles=item.candles * np.array([1e-8, 1e-8, 1e-8, 1e-8, 1, 1e-8]))
+    assert not forecast(kronos, [item])[0].warnings
+    assert "does not resolve" in forecast(kronos, [tiny])[0].warnings[0]
 
 
 def test_unreachable_quantile_is_answered_with_a_warning(kronos, make_request):

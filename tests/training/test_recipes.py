@@ -1,0 +1,48 @@
+"""The recipes that are shipped: strict, and as good as the README says."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from model_store.store import ModelStore
+from training.recipe import Recipe, read_recipe
+from training.train import prepare, train
+
+RECIPES = sorted((Path(__file__).parents[2] / "training" / "recipes").glob("*.toml"))
+
+
+@pytest.fixture(params=RECIPES, ids=lambda path: path.stem)
+def recipe(request, sample_folder):
+    content = read_recipe(request.param).model_dump()
+    return Recipe.model_validate(content | {"data": content["data"] | {"folder": sample_folder}})
+
+
+def test_wrong_keys_and_missing_phases_are_named(recipe):
+    content = recipe.model_dump()
+    with pytest.raises(ValidationError, match="barz"):
+        Recipe.model_validate(content | {"objective": {"barz": [1]}})
+    with pytest.raises(ValidationError, match="has the phases"):
+        Recipe.model_validate(content | {"phases": {}})
+
+
+def test_recipe_without_an_unseen_symbol_is_judged_on_the_test_alone(recipe):
+    content = recipe.model_dump()
+    content["split"].pop("unseen")
+    assert list(prepare(Recipe.model_validate(content)).origins) == ["test"]
+    assert list(prepare(recipe).origins) == ["test", "unseen"]
+
+
+def test_split_without_a_single_origin_fails_before_training(recipe):
+    with pytest.raises(ValueError, match="no origin"):
+        prepare(Recipe.model_validate(recipe.model_dump() | {"context": 5000}))
+
+
+@pytest.mark.long
+def test_recipe_reaches_what_the_documents_claim(recipe, tmp_path):
+    manifest = train(recipe, ModelStore(tmp_path), quiet=True)
+    # Wider than the aims by what the machine's speed and noise may take: a broken recipe lands far outside.
+    for evaluation in manifest.evaluations:
+        assert evaluation.metrics["crps_ratio_walk"].value < 1.10
+        assert evaluation.metrics["skill_vs_naive"].value > -0.12
+        assert 0.68 < evaluation.metrics["coverage_80"].value < 0.92

@@ -15,8 +15,7 @@ help: ## list the targets
 
 serve: .venv/.installed ## install, train the two demo models if the store has none, start the service
 	$(BIN)/candlecast sample-data data/samples
-	$(BIN)/candlecast train training/recipes/toto-demo.toml --if-missing
-	$(BIN)/candlecast train training/recipes/kronos-demo.toml --if-missing
+	$(BIN)/candlecast train training/recipes/toto-demo.toml training/recipes/kronos-demo.toml --if-missing
 	$(BIN)/candlecast serve --load data/samples
 
 test: lint ## lint, types, every test but the long ones

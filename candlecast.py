@@ -148,26 +148,31 @@ def sample_data(folder: Path, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("recipe_path", metavar="RECIPE", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--if-missing", is_flag=True, help="Do nothing if the store has the recipe's model in production.")
+@click.argument(
+    "paths", metavar="RECIPE...", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
+)
+@click.option("--if-missing", is_flag=True, help="Skip recipes whose model the store has in production.")
 @StoreRoot
 @JsonFlag
-def train(recipe_path: Path, if_missing: bool, store_root: Path, as_json: bool) -> None:
-    """Train a RECIPE, evaluate it and put the version into the store.
+def train(paths: tuple[Path, ...], if_missing: bool, store_root: Path, as_json: bool) -> None:
+    """Train every RECIPE side by side, evaluate it and put the version into the store.
 
     \b
     Example: candlecast train training/recipes/toto-demo.toml
     """
     from model_store.store import PRODUCTION, ModelStore
+    from training.progress import train_all
     from training.recipe import read_recipe
-    from training.train import train, verdict
+    from training.train import verdict
 
-    store, recipe = ModelStore(store_root), read_recipe(recipe_path)
-    if if_missing and PRODUCTION in store.aliases(recipe.name):
-        manifest = store.manifest(recipe.name)
-    else:
-        manifest = train(recipe, store, quiet=as_json)
-    _print_version(manifest, as_json, [verdict(evaluation) for evaluation in manifest.evaluations])
+    store, recipes = ModelStore(store_root), [read_recipe(path) for path in paths]
+    there = [r.name for r in recipes if if_missing and PRODUCTION in store.aliases(r.name)]
+    missing = [recipe for recipe in recipes if recipe.name not in there]
+    manifests = [store.manifest(name) for name in there]
+    if missing:
+        manifests += train_all(missing, store_root, quiet=as_json)
+    for manifest in manifests:
+        _print_version(manifest, as_json, [verdict(evaluation) for evaluation in manifest.evaluations])
 
 
 @main.command()

@@ -4,12 +4,12 @@ import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from model_store.manifest import Evaluation, Manifest, ModelLimits, Origin, TrainingRecord
@@ -30,6 +30,7 @@ from training.recipe import Recipe
 from training.windows import Origins, Part, Split, WindowSampler, rolling_origins, split_from_recipe
 
 Weights = Mapping[str, Tensor]
+Track = Callable[[str, float, str], None]  # what, share done, one line
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,14 @@ class Prepared:
     origins: Mapping[Part, Origins]  # of the evaluation that is published
 
 
-def train(recipe: Recipe, store: ModelStore, *, quiet: bool = False) -> Manifest:
+def train(recipe: Recipe, store: ModelStore, track: Track) -> Manifest:
     """Fit, evaluate and publish a recipe; the version becomes `candidate`, and `production` where there is none."""
     prepared = prepare(recipe)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    with _progress(quiet) as progress:
-        trained = _FITTERS[recipe.family](prepared, lambda phase: _reporter(progress, f"{recipe.name} {phase}"))
-        forecaster = build_forecaster(recipe.family, recipe.network, trained.weights)
-        scores = {part: score(forecaster, prepared, part, progress) for part in prepared.origins}
+    trained = _FITTERS[recipe.family](prepared, lambda phase: partial(track, f"{recipe.name} {phase}"))
+    forecaster = build_forecaster(recipe.family, recipe.network, trained.weights)
+    scores = {part: score(forecaster, prepared, part, track) for part in prepared.origins}
     manifest = publish(prepared, trained, forecaster, scores, store)
     store.set_alias(manifest.model, CANDIDATE, manifest.version)
     if PRODUCTION not in store.aliases(manifest.model):
@@ -140,14 +140,15 @@ def _tensors(network: torch.nn.Module) -> Weights:
 # -- judging and publishing ------------------------------------------------------------------------
 
 
-def score(forecaster: Forecaster, prepared: Prepared, part: Part, progress: Progress | None = None) -> Scores:
+def score(forecaster: Forecaster, prepared: Prepared, part: Part, track: Track) -> Scores:
     """Rolling-origin scores of the recipe's evaluation on one part of its split."""
-    recipe = prepared.recipe
-    origins = prepared.origins[part]
-    advance: Callable[[int], None] | None = None
-    if progress is not None:
-        task = progress.add_task(f"{recipe.name} evaluate {part}", total=len(origins), note="")
-        advance = lambda rows: progress.advance(task, rows)  # noqa: E731
+    recipe, origins, judged = prepared.recipe, prepared.origins[part], 0
+
+    def advance(rows: int) -> None:
+        nonlocal judged
+        judged += rows
+        track(f"{recipe.name} evaluate {part}", judged / len(origins), f"{judged} origins")
+
     return evaluate(
         forecaster,
         prepared.series,
@@ -234,26 +235,3 @@ def _revision() -> str | None:
     except OSError:  # no git
         return None
     return done.stdout.strip() or None
-
-
-# -- progress --------------------------------------------------------------------------------------
-
-
-def _progress(quiet: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description:32}"),
-        BarColumn(bar_width=24),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-        disable=quiet,
-    )
-
-
-def _reporter(progress: Progress, title: str) -> Report:
-    task = progress.add_task(title, total=1.0, note="")
-
-    def report(done: float, note: str) -> None:
-        progress.update(task, completed=done, note=note)
-
-    return report

@@ -14,6 +14,7 @@ Floats = NDArray[np.float64]
 Millis = NDArray[np.int64]
 
 COLUMNS: Final = ("open", "high", "low", "close", "volume", "amount")
+SYMBOL: Final = re.compile(r"[A-Z0-9^][A-Z0-9._^=-]{0,31}")
 OPEN, HIGH, LOW, CLOSE, VOLUME, AMOUNT = range(6)
 PRICES: Final = slice(OPEN, CLOSE + 1)
 VARIATES: Final = COLUMNS[:AMOUNT]  # what a forecast holds: amount is an input only

@@ -1,7 +1,6 @@
 """A folder of CSV files -> series: one file per symbol, the usual column names, every dropped row counted."""
 
 import hashlib
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,18 +14,17 @@ from models.candles import (
     AMOUNT,
     CLOSE,
     COLUMNS,
-    DAY_MS,
     EARLIEST_MS,
     LATEST_MS,
     PRICES,
+    SYMBOL,
     VOLUME,
     Floats,
     Millis,
     candle_faults,
+    interval_name,
     with_amount,
 )
-
-SYMBOL: Final = re.compile(r"[A-Z0-9^][A-Z0-9._^=-]{0,31}")
 
 _TIMESTAMP_NAMES: Final = ("timestamp", "timestamps", "datetime", "date", "ds", "open time", "time", "unnamed: 0")
 _NAMES: Final[Mapping[str, tuple[str, ...]]] = {
@@ -42,7 +40,6 @@ _PER_MS: Final = (1e-3, 1.0, 1e3, 1e6)  # seconds, milliseconds, microseconds, n
 _DAY_ORDERS: Final = ("%m/%d/%Y", "%d/%m/%Y")
 _ZONE: Final = r"(?:Z|:\d\d\S*[+-]\d\d(?::?\d\d)?)$"
 _UNREADABLE: Final = -1
-_INTERVAL_UNITS: Final = ((7 * DAY_MS, "w"), (DAY_MS, "d"), (3_600_000, "h"), (60_000, "m"))
 
 
 class CandleFileError(ValueError):
@@ -235,7 +232,8 @@ def _interval(path: Path, timestamps: Millis, report: FileReport) -> str:
             f" ({report.unreadable} without a timestamp, {report.invalid} that are not candles)"
         )
     step = int(np.quantile(np.diff(timestamps), 0.5, method="inverted_cdf"))
-    for unit, letter in _INTERVAL_UNITS:
-        if step % unit == 0:
-            return f"{step // unit}{letter}"
-    raise CandleFileError(f"{path}: the median step between candles is {step} ms, not a whole number of minutes")
+    try:
+        return interval_name(step)
+    except ValueError:
+        detail = f"{path}: the median step between candles is {step} ms, not a whole number of minutes"
+        raise CandleFileError(detail) from None

@@ -153,9 +153,7 @@ def score(forecaster: Forecaster, prepared: Prepared, part: Part, track: Track) 
         forecaster,
         prepared.series,
         origins,
-        sampling=replace(
-            served_sampling(recipe.serving.model_dump(exclude_none=True)), samples=recipe.evaluate.samples
-        ),
+        sampling=replace(served_sampling(_serving(recipe)), samples=recipe.evaluate.samples),
         lookback=recipe.context,
         calendar=recipe.data.calendar,
         batch_rows=recipe.evaluate.batch_rows,

@@ -5,12 +5,11 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from models.candles import interval_ms, interval_name
+from models.candles import SYMBOL, interval_ms, interval_name
 from models.forecaster import DEFAULT_LEVELS
 from models.uniforms import MAX_SEED
 from service.api.errors import InputError
 
-_SYMBOL: Final = re.compile(r"[A-Z0-9^][A-Z0-9._^=-]{0,31}")
 _LEVELS: Final = (0.001, 0.999)  # further out no sample and no head of a model tells anything
 _REFERENCE: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}(@[A-Za-z0-9._-]{1,64})?$"
 
@@ -18,7 +17,7 @@ _REFERENCE: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}(@[A-Za-z0-9._-]{1,64})?$"
 def normalise_symbol(text: str) -> str:
     """`btc/usdt:usdt` as `BTC-USDT-USDT`; InputError if it is no symbol."""
     symbol = re.sub(r"[/:]", "-", text).upper() if text.isascii() else ""
-    if not _SYMBOL.fullmatch(symbol):
+    if not SYMBOL.fullmatch(symbol):
         raise InputError(
             "a symbol has 1 to 32 letters, digits or any of . _ ^ = - and starts with a letter, digit or ^",
             "",

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from models.calendars import get_calendar, infer_calendar
-from models.candles import CLOSE, VOLUME, check_candles
-from training.candle_files import SYMBOL, Series
+from models.candles import CLOSE, SYMBOL, VOLUME, check_candles
+from training.candle_files import Series
 from training.sample_data import MissingSamples, _packaged, write_samples
 
 

@@ -1,6 +1,6 @@
 """The contract between the engine and a model: inputs, one batch, forecasts, and prepare / run / finish."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
@@ -23,6 +23,10 @@ class ModelError(ValueError):
 
 class InvalidModelOutput(RuntimeError):
     """The network produced something that is not a forecast (NaN, infinity)."""
+
+
+class Abandoned(RuntimeError):
+    """Nobody waits for the batch any more: `run` stopped between two steps."""
 
 
 @dataclass(frozen=True)
@@ -113,10 +117,17 @@ class Batch:
 
 
 Raw = Mapping[str, Any]
+Row = Mapping[str, np.ndarray]
+Wanted = Callable[[], bool]
+
+
+def always() -> bool:
+    """Somebody waits for the batch."""
+    return True
 
 
 class Forecaster(Protocol):
-    """One loaded version. `run` is the only device code; `prepare` and `finish` are numpy on the host."""
+    """One loaded version. `run` is the only device code; `encode`, `prepare` and `finish` work on the host."""
 
     family: str
     limits: Limits
@@ -133,9 +144,17 @@ class Forecaster(Protocol):
         """Requests with equal buckets may share a batch; a function of the request alone."""
         ...
 
-    def prepare(self, inputs: Sequence[ForecastInput]) -> Batch: ...
+    def encode(self, item: ForecastInput) -> Row:
+        """What `prepare` needs of one request: the part of its work that can be done before the batch is known."""
+        ...
 
-    def run(self, batch: Batch) -> Raw: ...
+    def prepare(self, inputs: Sequence[ForecastInput], rows: Sequence[Row] | None = None) -> Batch:
+        """The tensors of one batch; `rows` are the encoded `inputs` where that has been done already."""
+        ...
+
+    def run(self, batch: Batch, wanted: Wanted = always) -> Raw:
+        """Tensors to tensors. Where it takes several steps it raises Abandoned as soon as `wanted` is false."""
+        ...
 
     def finish(self, raw: Raw, batch: Batch) -> list[Forecast]: ...
 

@@ -5,7 +5,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 
 from models.candles import CLOSE, OPEN, VOLUME, Floats
-from models.forecaster import Batch, Forecast, ForecastInput, Limits, Raw, checked
+from models.forecaster import Batch, Forecast, ForecastInput, Limits, Raw, Row, Wanted, always, checked
 
 
 def naive_rows(candles: Floats, horizon: int) -> Floats:
@@ -31,10 +31,13 @@ class NaiveForecaster:
     def bucket(self, item: ForecastInput) -> Hashable:
         return ()
 
-    def prepare(self, inputs: Sequence[ForecastInput]) -> Batch:
+    def encode(self, item: ForecastInput) -> Row:
+        return {}
+
+    def prepare(self, inputs: Sequence[ForecastInput], rows: Sequence[Row] | None = None) -> Batch:
         return Batch(inputs, {}, len(inputs))
 
-    def run(self, batch: Batch) -> Raw:
+    def run(self, batch: Batch, wanted: Wanted = always) -> Raw:
         return {}
 
     def finish(self, raw: Raw, batch: Batch) -> list[Forecast]:

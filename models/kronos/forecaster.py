@@ -11,12 +11,16 @@ from models.calendars import calendar_features
 from models.candles import AMOUNT, CLOSE, PRICES, VARIATES, Floats, floor_prices, repair_ohlc
 from models.forecaster import (
     QUANTILE_COLUMNS,
+    Abandoned,
     Batch,
     Forecast,
     ForecastInput,
     Limits,
     ModelError,
     Raw,
+    Row,
+    Wanted,
+    always,
     bucket_of,
     checked,
     pad_rows,
@@ -91,33 +95,41 @@ class KronosForecaster:
             bucket_of(item.sampling.samples, _SAMPLES),
         )
 
-    def prepare(self, inputs: Sequence[ForecastInput]) -> Batch:
-        rows, context = pad_rows(len(inputs)), bucket_of(max(len(i.candles) for i in inputs), _CONTEXTS)
+    def encode(self, item: ForecastInput) -> Row:
+        sampling = item.sampling
+        return {
+            "candles": normalise(item.candles, item.candles),
+            "stamps": calendar_features(item.local_times),
+            "uniforms": np.minimum(draw_uniforms(item.seed, sampling.samples, item.horizon, 2), _LARGEST_UNIFORM),
+        }
+
+    def prepare(self, inputs: Sequence[ForecastInput], rows: Sequence[Row] | None = None) -> Batch:
+        rows = rows or [self.encode(item) for item in inputs]
+        count, context = pad_rows(len(inputs)), bucket_of(max(len(i.candles) for i in inputs), _CONTEXTS)
         horizon = bucket_of(max(i.horizon for i in inputs), _HORIZONS)
         samples = bucket_of(max(i.sampling.samples for i in inputs), _SAMPLES)
         arrays = {
-            "candles": np.zeros((rows, context, len(VARIATES) + 1), dtype=np.float32),
-            "pad": np.full(rows, context - 1),  # a padding row holds one candle of zeros
-            "stamps": np.ones((rows, context + horizon, 5), dtype=np.int64),
-            "uniforms": np.zeros((rows, samples, horizon, 2), dtype=np.float32),
-            "temperature": np.ones(rows, dtype=np.float32),
-            "top_k": np.zeros(rows, dtype=np.int64),
-            "top_p": np.ones(rows, dtype=np.float32),
+            "candles": np.zeros((count, context, len(VARIATES) + 1), dtype=np.float32),
+            "pad": np.full(count, context - 1),  # a padding row holds one candle of zeros
+            "stamps": np.ones((count, context + horizon, 5), dtype=np.int64),
+            "uniforms": np.zeros((count, samples, horizon, 2), dtype=np.float32),
+            "temperature": np.ones(count, dtype=np.float32),
+            "top_k": np.zeros(count, dtype=np.int64),
+            "top_p": np.ones(count, dtype=np.float32),
         }
-        for row, item in enumerate(inputs):
+        for index, (item, row) in enumerate(zip(inputs, rows, strict=True)):
             length, sampling = len(item.candles), item.sampling
-            arrays["candles"][row, context - length :] = normalise(item.candles, item.candles)
-            arrays["pad"][row] = context - length
-            arrays["stamps"][row, context - length : context + item.horizon] = calendar_features(item.local_times)
-            drawn = draw_uniforms(item.seed, sampling.samples, item.horizon, 2)
-            arrays["uniforms"][row, : sampling.samples, : item.horizon] = np.minimum(drawn, _LARGEST_UNIFORM)
-            arrays["temperature"][row] = sampling.temperature
-            arrays["top_k"][row], arrays["top_p"][row] = sampling.top_k, sampling.top_p
+            arrays["candles"][index, context - length :] = row["candles"]
+            arrays["pad"][index] = context - length
+            arrays["stamps"][index, context - length : context + item.horizon] = row["stamps"]
+            arrays["uniforms"][index, : sampling.samples, : item.horizon] = row["uniforms"]
+            arrays["temperature"][index] = sampling.temperature
+            arrays["top_k"][index], arrays["top_p"][index] = sampling.top_k, sampling.top_p
         device = self.decoder.coarse_table.device
-        return Batch(inputs, {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}, rows)
+        return Batch(inputs, {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}, count)
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> Raw:
+    def run(self, batch: Batch, wanted: Wanted = always) -> Raw:
         tensors = batch.tensors
         uniforms, pad = tensors["uniforms"], tensors["pad"]
         rows, paths, slots, _ = uniforms.shape
@@ -131,6 +143,8 @@ class KronosForecaster:
         hidden = prefix.hidden.unsqueeze(1).expand(-1, paths, -1)
         drawn = torch.zeros(2, rows, paths, slots, dtype=torch.int64, device=pad.device)
         for index in range(max(item.horizon for item in batch.inputs)):
+            if not wanted():
+                raise Abandoned("nobody waits for these paths")
             coarse, fine, hidden, entries = self.decoder.step(
                 hidden,
                 prefix,

@@ -16,6 +16,9 @@ from models.forecaster import (
     Limits,
     ModelError,
     Raw,
+    Row,
+    Wanted,
+    always,
     bucket_of,
     checked,
     pad_rows,
@@ -112,20 +115,23 @@ class TotoForecaster:
     def bucket(self, item: ForecastInput) -> Hashable:
         return bucket_of(len(item.candles), self._contexts)
 
-    def prepare(self, inputs: Sequence[ForecastInput]) -> Batch:
-        rows, length = pad_rows(len(inputs)), bucket_of(max(len(i.candles) for i in inputs), self._contexts)
-        values = np.zeros((rows, len(VARIATES), length), dtype=np.float32)
-        weights = np.zeros((rows, 1, length), dtype=np.float32)
-        for row, item in enumerate(inputs):
-            series = self._transform.encode(item.candles, len(item.candles))
-            values[row, :, length - len(series) :] = series.T
-            weights[row, :, length - len(series) :] = 1
+    def encode(self, item: ForecastInput) -> Row:
+        return {"series": self._transform.encode(item.candles, len(item.candles)).T.astype(np.float32)}
+
+    def prepare(self, inputs: Sequence[ForecastInput], rows: Sequence[Row] | None = None) -> Batch:
+        rows = rows or [self.encode(item) for item in inputs]
+        count, length = pad_rows(len(inputs)), bucket_of(max(len(i.candles) for i in inputs), self._contexts)
+        values = np.zeros((count, len(VARIATES), length), dtype=np.float32)
+        weights = np.zeros((count, 1, length), dtype=np.float32)
+        for index, row in enumerate(rows):
+            first = length - row["series"].shape[1]
+            values[index, :, first:], weights[index, :, first:] = row["series"], 1
         device = self.decoder.head.device
         tensors = {"values": torch.from_numpy(values).to(device), "weights": torch.from_numpy(weights).to(device)}
-        return Batch(inputs, tensors, rows)
+        return Batch(inputs, tensors, count)
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> Raw:
+    def run(self, batch: Batch, wanted: Wanted = always) -> Raw:
         projected, loc, scale = self.decoder(batch.tensors["values"], batch.tensors["weights"])
         return {"projected": projected, "loc": loc, "scale": scale}
 

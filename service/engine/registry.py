@@ -24,12 +24,13 @@ class ModelUnavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """One version that can forecast."""
+    """One version that can forecast, by one runtime."""
 
     manifest: Manifest
     forecaster: Forecaster
     runtime: str = "eager"
     dtype: str = "float32"
+    settled: bool = True  # False while it answers in place of the runtime chosen for this machine
 
     @property
     def name(self) -> str:

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 
 from model_store.manifest import Manifest
 from model_store.store import ModelStore
-from models.forecaster import Batch, Forecast, ForecastInput, InvalidModelOutput, Raw
+from models.forecaster import Batch, Forecast, ForecastInput, InvalidModelOutput, Raw, Wanted, always
 from models.naive import NaiveForecaster
 from service.app import create_app
 from service.settings import Settings
@@ -47,7 +47,7 @@ class Faulty(NaiveForecaster):
     def bucket(self, item: ForecastInput) -> Hashable:
         return item.horizon
 
-    def run(self, batch: Batch) -> Raw:
+    def run(self, batch: Batch, wanted: Wanted = always) -> Raw:
         self.entered.set()
         self.open.wait(10)
         self.batches.append([item.seed for item in batch.inputs])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from models.candles import TooFewCandles, check_candles, with_amount
-from models.forecaster import ModelError, forecast
+from models.forecaster import Abandoned, ModelError, forecast
 from models.kronos.forecaster import KronosForecaster, normalise
 from models.kronos.network import KronosPredictor, PredictorConfig
 from models.kronos.tokenizer import KronosTokenizer, TokenizerConfig
@@ -124,3 +124,16 @@ def test_step_returns_are_relative_to_the_candle_before(kronos, make_request):
     result = forecast(kronos, [item])[0]
     closes = np.column_stack([np.full(9, item.last_close), result.paths[..., 3]])
     np.testing.assert_allclose(result.step_return_quantiles[0], np.median(np.diff(np.log(closes)), axis=0), rtol=1e-9)
+
+
+def test_paths_that_nobody_waits_for_are_not_drawn_to_their_end(kronos, make_request):
+    answers = iter([True, True, False])
+    with pytest.raises(Abandoned):
+        kronos.run(kronos.prepare([make_request(70, 10, seed=1)]), lambda: next(answers))
+
+
+def test_rows_encoded_ahead_make_the_same_batch(kronos, make_request):
+    items = [make_request(length, 6, seed=length) for length in (40, 64, 50)]
+    ahead = kronos.prepare(items, [kronos.encode(item) for item in items])
+    for name, tensor in kronos.prepare(items).tensors.items():
+        assert torch.equal(tensor, ahead.tensors[name]), name

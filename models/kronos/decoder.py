@@ -5,18 +5,27 @@ the keys and values of its context (the prefix); each path owns those of its dra
 Axes: B symbols, S paths, T context, H horizon, L layers, N heads, W head width, D width.
 """
 
+import copy
 import math
-from typing import NamedTuple, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.kronos.network import DEPENDENCY_HEADS, Block, KronosPredictor, Rotary
+from models.kronos.network import DEPENDENCY_HEADS, TIME_FIELDS, Block, KronosPredictor, Rotary
 from models.kronos.quantizer import pack_bits
 from models.kronos.sampling import Filters, sample
 from models.kronos.tokenizer import KronosTokenizer, code_of
 from models.layers import merge_heads, split_heads, swiglu
+
+
+class Tokens(NamedTuple):
+    """Token pairs, `[B, T]` each."""
+
+    coarse: Tensor
+    fine: Tensor
 
 
 class Prefix(NamedTuple):
@@ -30,40 +39,81 @@ class Prefix(NamedTuple):
     mask: Tensor  # [B, 1, 1, T] 0 or -inf
 
 
-class Entries(NamedTuple):
-    """Cache slots of paths: H of them where cached, one where a step returns them."""
+class Cache(NamedTuple):
+    """Slots of the tokens that paths have drawn: H of them."""
 
     keys: Tensor  # [L, B, S, N, H, W]
     values: Tensor  # [L, B, S, N, H, W]
     dependency_keys: Tensor  # [B, S, 4, H, D/4]
     dependency_values: Tensor  # [B, S, 4, H, D/4]
 
+    @classmethod
+    def empty(cls, prefix: Prefix, paths: int, slots: int) -> "Cache":
+        """Zeroed slots beside `prefix`; masked until written."""
+        own = (*prefix.keys.shape[:2], paths, prefix.keys.shape[2], slots, prefix.keys.shape[4])
+        rows, heads, _, width = prefix.dependency_keys.shape
+        dependency = (rows, paths, heads, slots, width)
+        like = prefix.keys
+        return cls(like.new_zeros(own), like.new_zeros(own), like.new_zeros(dependency), like.new_zeros(dependency))
+
+    def write(self, drawn: "Drawn", index: int) -> None:
+        """Put a step's keys and values into slot `index`."""
+        for slots, entry in zip(self, drawn[3:7], strict=True):
+            slots[..., index : index + 1, :] = entry
+
 
 class Controls(NamedTuple):
-    """Sampling settings per symbol."""
+    """Sampling settings per symbol, `[B]` each."""
 
-    temperature: Tensor  # [B]
-    filters: Filters | None
+    temperature: Tensor
+    top_k: Tensor  # 0: off
+    top_p: Tensor  # 1: off
+
+
+class Drawn(NamedTuple):
+    """What one step yields."""
+
+    coarse: Tensor  # [B, S]
+    fine: Tensor  # [B, S]
+    hidden: Tensor  # [B, S, D]
+    keys: Tensor  # [L, B, S, N, 1, W] and so on: the cache entries of the drawn token
+    values: Tensor
+    dependency_keys: Tensor
+    dependency_values: Tensor
+    coarse_logits: Tensor  # [B, S, tokens]; what a runtime is compared by
+    fine_logits: Tensor
+
+
+class Candles(NamedTuple):
+    """Normalised candles: of the paths `[B, S, H, 6]`, and the last of the context, reconstructed, `[B, 6]`."""
+
+    paths: Tensor
+    last: Tensor
 
 
 def branched_attention(
-    q: Tensor, prefix: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], masks: tuple[Tensor, Tensor]
+    q: Tensor, prefix: tuple[Tensor, Tensor, Tensor], own: Sequence[tuple[Tensor, Tensor, Tensor | None]]
 ) -> Tensor:
     """Attention of paths' queries `[B, S, N, Q, W]` over their symbol's prefix and their own tokens, together.
 
-    `prefix` keys and values `[B, N, T, W]` are read once for all paths; `own` are `[B, S, N, O, W]`; `masks`
-    are added to the scores: `[B, 1, 1, T]` and something broadcastable to `[B, S, N, Q, O]`.
+    `prefix` keys and values `[B, N, T, W]` are read once for all paths; each of `own` has keys and values
+    `[B, S, N, O, W]`: parts that lie apart in memory are never copied together. The third of each is added to
+    the scores: `[B, 1, 1, T]` and something broadcastable to `[B, S, N, Q, O]`.
     """
     paths = (q.shape[1], q.shape[3])
     q = q * q.shape[-1] ** -0.5
     together = q.transpose(1, 2).flatten(2, 3)  # [B, N, S * Q, W]
-    shared = together @ prefix[0].transpose(-1, -2) + masks[0]  # [B, N, S * Q, T]
-    shared = shared.unflatten(2, paths).transpose(1, 2)  # [B, S, N, Q, T]
-    private = q @ own[0].transpose(-1, -2) + masks[1]
-    weights = torch.cat((shared, private), dim=-1).softmax(-1)
-    on_prefix, on_own = weights.split((shared.shape[-1], private.shape[-1]), dim=-1)
-    from_prefix = on_prefix.transpose(1, 2).flatten(2, 3) @ prefix[1]
-    combined: Tensor = from_prefix.unflatten(2, paths).transpose(1, 2) + on_own @ own[1]
+    shared = (together @ prefix[0].transpose(-1, -2)).float() + prefix[2]  # [B, N, S * Q, T]
+    scores = [shared.unflatten(2, paths).transpose(1, 2)]  # [B, S, N, Q, T]
+    for keys, _, mask in own:
+        found = (q @ keys.transpose(-1, -2)).float()
+        scores.append(found if mask is None else found + mask)
+    sizes = [part.shape[-1] for part in scores]
+    weights = torch.cat(scores, dim=-1).softmax(-1).to(q.dtype).split(sizes, dim=-1)
+    from_prefix = weights[0].transpose(1, 2).flatten(2, 3) @ prefix[1]
+    combined: Tensor = from_prefix.unflatten(2, paths).transpose(1, 2)
+    for weight, (_, values, _) in zip(weights[1:], own, strict=True):
+        combined = combined + weight @ values
     return combined
 
 
@@ -86,13 +136,14 @@ class FusedBlock(nn.Module):
 
     def project(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values, of `x` `[..., T, D]`: `[..., N, T, W]` each."""
-        q, k, v = F.linear(self.norm1(x), self.qkv, self.qkv_bias).chunk(3, dim=-1)
-        return rotary(split_heads(q, self.heads)), rotary(split_heads(k, self.heads)), split_heads(v, self.heads)
+        q, k, v = F.linear(self.norm1(x).to(self.qkv.dtype), self.qkv, self.qkv_bias).chunk(3, dim=-1)
+        q, k = (rotary(split_heads(part, self.heads)).to(v.dtype) for part in (q, k))
+        return q, k, split_heads(v, self.heads)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """The rest of the block after attention `[..., N, T, W]`."""
         x = x + self.out(merge_heads(attended))
-        gate, value = F.linear(self.norm2(x), self.gate_value).chunk(2, dim=-1)
+        gate, value = F.linear(self.norm2(x).to(self.gate_value.dtype), self.gate_value).chunk(2, dim=-1)
         out: Tensor = x + self.down(swiglu(gate, value))
         return out
 
@@ -104,6 +155,8 @@ class FusedBlock(nn.Module):
 
 class KronosDecoder(nn.Module):
     """Both networks of a Kronos version, ready to serve. `pad` `[B]` counts padding candles on the left."""
+
+    functions: tuple[str, ...] = ("tokenize", "prefill", "step", "detokenize")
 
     coarse_table: Tensor
     fine_table: Tensor
@@ -135,21 +188,69 @@ class KronosDecoder(nn.Module):
         self.register_buffer("dependency", torch.cat([dependency.k_proj.weight, dependency.v_proj.weight]).detach())
         self.register_buffer("dependency_bias", torch.cat([dependency.k_proj.bias, dependency.v_proj.bias]).detach())
 
+    def examples(self, size: int) -> Mapping[str, tuple[Any, ...]]:
+        """Arguments of the four functions, for runtimes that are traced."""
+        B, T, S, H = ((5, 64, 12, 24), (6, 128, 8, 16))[size]
+        device = self.coarse_table.device
+        pad = torch.zeros(B, dtype=torch.int64, device=device)
+        candles = torch.zeros(B, T, self.embed.in_features, device=device)
+        stamps = torch.ones(B, T, len(TIME_FIELDS), dtype=torch.int64, device=device)
+        context = Tokens(*torch.zeros(2, B, T, dtype=torch.int64, device=device))
+        drawn = Tokens(*torch.zeros(2, B, S, H, dtype=torch.int64, device=device))
+        with torch.no_grad():
+            prefix = self.prefill(context, stamps, pad)
+        ones = torch.ones(B, device=device)
+        step = (
+            prefix.hidden.unsqueeze(1).repeat(1, S, 1),
+            prefix,
+            Cache.empty(prefix, S, H),
+            torch.tensor(0, device=device),
+            pad + T,
+            stamps[:, -1],
+            torch.zeros(B, S, 2, device=device),
+            Controls(ones, torch.zeros_like(pad), ones),
+        )
+        return {
+            "tokenize": (candles, pad),
+            "prefill": (context, stamps, pad),
+            "step": step,
+            "detokenize": (context, drawn, pad),
+        }
+
+    def reduced(self, dtype: torch.dtype) -> "KronosDecoder":
+        """A copy whose matrices over drawn candles are of `dtype`.
+
+        Norms, tables and the sum that runs through the layers stay in float32, and so does the tokenizer's
+        encoder: a context has the same tokens at any precision.
+        """
+        copied = copy.deepcopy(self)
+        for part in (copied.expand, copied.coarse_head, copied.fine_head, copied.dependency_out):
+            part.to(dtype)
+        for block in [*_each(copied.blocks), *_each(copied.decoder)]:
+            for part in (block.out, block.down):
+                part.to(dtype)
+            block.qkv, block.qkv_bias, block.gate_value = (
+                tensor.to(dtype) for tensor in (block.qkv, block.qkv_bias, block.gate_value)
+            )
+        for name in ("dependency", "dependency_bias", "query_table"):
+            setattr(copied, name, getattr(copied, name).to(dtype))
+        return copied
+
     # -- the four functions ----------------------------------------------------------------------
 
-    def tokenize(self, x: Tensor, pad: Tensor) -> tuple[Tensor, Tensor]:
-        """Coarse and fine tokens `[B, T]` of normalised candles `[B, T, 6]`."""
+    def tokenize(self, x: Tensor, pad: Tensor) -> Tokens:
+        """The tokens of normalised candles `[B, T, 6]`."""
         z, mask = self.embed(x), _causal_mask(x.shape[1], pad)
         rotary = Rotary(_positions(x.shape[1], pad), self.tokens.d_model // self.tokens.n_heads)
         for block in _each(self.encoder):
             z, _, _ = block(z, rotary, mask)
         coarse, fine = self.quantise(z).split((self.tokens.s1_bits, self.tokens.s2_bits), dim=-1)
-        return pack_bits(coarse), pack_bits(fine)
+        return Tokens(pack_bits(coarse), pack_bits(fine))
 
-    def prefill(self, coarse: Tensor, fine: Tensor, stamps: Tensor, pad: Tensor) -> Prefix:
-        """Everything the paths of each symbol share, from its tokens `[B, T]` and features `[B, T, 5]`."""
-        T = coarse.shape[1]
-        x = F.embedding(coarse, self.coarse_table) + F.embedding(fine, self.fine_table) + self.time_emb(stamps)
+    def prefill(self, tokens: Tokens, stamps: Tensor, pad: Tensor) -> Prefix:
+        """Everything the paths of each symbol share, from its tokens and features `[B, T, 5]`."""
+        T = stamps.shape[1]
+        x = self._embed(tokens, self.time_emb(stamps))
         rotary, mask = Rotary(_positions(T, pad), self.width // self.heads), _causal_mask(T, pad)
         keys, values = [], []
         for block in _each(self.blocks):
@@ -157,93 +258,84 @@ class KronosDecoder(nn.Module):
             keys.append(k)
             values.append(v)
         hidden = self.norm(x)
-        shared_mask = torch.where(torch.arange(T, device=x.device) >= pad.unsqueeze(-1), 0.0, -torch.inf)
         return Prefix(
-            torch.stack(keys), torch.stack(values), *self._dependency(hidden), hidden[:, -1], shared_mask[:, None, None]
+            torch.stack(keys), torch.stack(values), *self._dependency(hidden), hidden[:, -1], _padding(T, pad)
         )
 
     def step(
         self,
         hidden: Tensor,
         prefix: Prefix,
-        cache: Entries,
+        cache: Cache,
         index: Tensor,
         position: Tensor,
         stamps: Tensor,
         uniforms: Tensor,
         controls: Controls,
-    ) -> tuple[Tensor, Tensor, Tensor, Entries]:
-        """Draw one token pair per path and advance: coarse and fine `[B, S]`, new `hidden`, new cache entries.
+    ) -> Drawn:
+        """Draw one token pair per path and advance.
 
         `hidden` `[B, S, D]` stands at the candle before; `cache` slots from `index` on are not yet written;
         `position` `[B]` and `stamps` `[B, 5]` are those of the drawn candle; `uniforms` `[B, S, 2]`.
         """
         empty = torch.where(torch.arange(cache.keys.shape[-2], device=hidden.device) < index, 0.0, -torch.inf)
-        coarse = sample(self.coarse_head(hidden), uniforms[..., 0], *controls)
+        coarse_logits = self.coarse_head(hidden.to(self.dependency.dtype)).float()
+        coarse = sample(coarse_logits, uniforms[..., 0], controls.temperature, _filters(controls))
         asked = split_heads(F.embedding(coarse, self.query_table).unsqueeze(2), DEPENDENCY_HEADS)
         found = branched_attention(
             asked,
-            (prefix.dependency_keys, prefix.dependency_values),
-            (cache.dependency_keys, cache.dependency_values),
-            (prefix.mask, empty),
+            (prefix.dependency_keys, prefix.dependency_values, prefix.mask),
+            [(cache.dependency_keys, cache.dependency_values, empty)],
         )
         conditioned = self.dependency_norm(hidden + self.dependency_out(merge_heads(found).squeeze(2)))
-        fine = sample(self.fine_head(conditioned), uniforms[..., 1], *controls)
+        fine_logits = self.fine_head(conditioned.to(self.dependency.dtype)).float()
+        fine = sample(fine_logits, uniforms[..., 1], controls.temperature, _filters(controls))
 
-        stamp = self.time_emb(stamps).unsqueeze(1)
-        x = (F.embedding(coarse, self.coarse_table) + F.embedding(fine, self.fine_table) + stamp).unsqueeze(2)
+        x = self._embed(Tokens(coarse, fine), self.time_emb(stamps).unsqueeze(1)).unsqueeze(2)
         rotary = _path_rotary(position.unsqueeze(-1), self.width // self.heads)
-        masks = (prefix.mask, F.pad(empty, (0, 1)))
         keys, values = [], []
         for layer, block in enumerate(_each(self.blocks)):
             q, k, v = block.project(x, rotary)  # [B, S, N, 1, W]
-            own = (torch.cat((cache.keys[layer], k), dim=-2), torch.cat((cache.values[layer], v), dim=-2))
-            x = block.finish(x, branched_attention(q, (prefix.keys[layer], prefix.values[layer]), own, masks))
+            own = [(cache.keys[layer], cache.values[layer], empty), (k, v, None)]
+            attended = branched_attention(q, (prefix.keys[layer], prefix.values[layer], prefix.mask), own)
+            x = block.finish(x, attended)
             keys.append(k)
             values.append(v)
         advanced = self.norm(x)
-        entries = Entries(torch.stack(keys), torch.stack(values), *self._dependency(advanced))
-        return coarse, fine, advanced.squeeze(2), entries
+        entries = (torch.stack(keys), torch.stack(values), *self._dependency(advanced))
+        return Drawn(coarse, fine, advanced.squeeze(2), *entries, coarse_logits, fine_logits)
 
-    def detokenize(
-        self, context: tuple[Tensor, Tensor], drawn: tuple[Tensor, Tensor], pad: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Normalised candles `[B, S, H, 6]` of drawn tokens `[B, S, H]`, and `[B, 6]` of the last context token.
+    def detokenize(self, context: Tokens, drawn: Tokens, pad: Tensor) -> Candles:
+        """The candles of drawn tokens `[B, S, H]`.
 
-        `context` tokens `[B, T]` are decoded once per symbol; only what is new is decoded per path.
+        Those of the context `[B, T]` are decoded once per symbol; only what is new is decoded per path.
         """
-        T, H = context[0].shape[1], drawn[0].shape[2]
+        T, H = context.coarse.shape[1], drawn.coarse.shape[2]
         width = self.tokens.d_model // self.tokens.n_heads
-        shared, x = self.expand(code_of(*context, self.tokens)), self.expand(code_of(*drawn, self.tokens))
+        shared, x = (self.expand(code_of(*part, self.tokens).to(self.dependency.dtype)) for part in (context, drawn))
         positions = _positions(T, pad)
         rotary, mask = Rotary(positions, width), _causal_mask(T, pad)
         path_rotary = _path_rotary(T - pad.unsqueeze(-1) + torch.arange(H, device=pad.device), width)
         order = torch.arange(H, device=pad.device)
-        masks = (
-            torch.where(torch.arange(T, device=pad.device) >= pad.unsqueeze(-1), 0.0, -torch.inf)[:, None, None],
-            torch.where(order <= order.unsqueeze(-1), 0.0, -torch.inf),
-        )
+        causal = torch.where(order <= order.unsqueeze(-1), 0.0, -torch.inf)
+        padding = _padding(T, pad)
+        shared, x = shared.float(), x.float()
         for block in _each(self.decoder):
             q, k, v = block.project(x, path_rotary)  # [B, S, N, H, W]
             shared, prefix_k, prefix_v = block(shared, rotary, mask)
-            x = block.finish(x, branched_attention(q, (prefix_k, prefix_v), (k, v), masks))
-        return self.reconstruct(x), self.reconstruct(shared)[:, -1]
+            x = block.finish(x, branched_attention(q, (prefix_k, prefix_v, padding), [(k, v, causal)]))
+        return Candles(self.reconstruct(x), self.reconstruct(shared)[:, -1])
 
     # -- private ---------------------------------------------------------------------------------
 
+    def _embed(self, tokens: Tokens, stamps: Tensor) -> Tensor:
+        return F.embedding(tokens.coarse, self.coarse_table) + F.embedding(tokens.fine, self.fine_table) + stamps
+
     def _dependency(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the dependency layer, `[..., 4, T, D/4]`."""
-        k, v = F.linear(hidden, self.dependency, self.dependency_bias).chunk(2, dim=-1)
+        both = F.linear(hidden.to(self.dependency.dtype), self.dependency, self.dependency_bias)
+        k, v = both.chunk(2, dim=-1)
         return split_heads(k, DEPENDENCY_HEADS), split_heads(v, DEPENDENCY_HEADS)
-
-    def empty_cache(self, rows: int, paths: int, horizon: int) -> Entries:
-        """Zeroed cache slots; masked until written."""
-        table = self.coarse_table
-        own = (len(self.blocks), rows, paths, self.heads, horizon, self.width // self.heads)
-        dependency = (rows, paths, DEPENDENCY_HEADS, horizon, self.width // DEPENDENCY_HEADS)
-        return Entries(
-            table.new_zeros(own), table.new_zeros(own), table.new_zeros(dependency), table.new_zeros(dependency)
-        )
 
 
 def _fused(blocks: nn.ModuleList) -> nn.ModuleList:
@@ -265,6 +357,16 @@ def _causal_mask(length: int, pad: Tensor) -> Tensor:
     causal = order <= order.unsqueeze(-1)
     real = order >= pad.unsqueeze(-1)  # [B, T]
     return ((causal & real.unsqueeze(1)) | torch.eye(length, dtype=torch.bool, device=pad.device)).unsqueeze(1)
+
+
+def _padding(length: int, pad: Tensor) -> Tensor:
+    """`[B, 1, 1, T]` to add to scores: -inf where a candle is padding."""
+    order = torch.arange(length, device=pad.device)
+    return torch.where(order >= pad.unsqueeze(-1), 0.0, -torch.inf)[:, None, None]
+
+
+def _filters(controls: Controls) -> Filters:
+    return Filters(controls.top_k, controls.top_p)
 
 
 def _path_rotary(positions: Tensor, width: int) -> Rotary:

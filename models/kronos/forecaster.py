@@ -25,12 +25,12 @@ from models.forecaster import (
     checked,
     pad_rows,
 )
-from models.kronos.decoder import Controls, Entries, KronosDecoder
+from models.kronos.decoder import Cache, Controls, KronosDecoder, Tokens
 from models.kronos.network import KronosPredictor, PredictorConfig
-from models.kronos.sampling import Filters
 from models.kronos.tokenizer import KronosTokenizer, TokenizerConfig
 from models.layers import load_strictly
 from models.quantiles import parse_aggregate, path_quantiles, unreachable_levels
+from models.runtimes.functions import functions_of
 from models.uniforms import draw_uniforms
 
 _CLIP: Final = 5.0
@@ -54,6 +54,8 @@ class KronosForecaster:
         """`anchor` scales each path by last close / its reconstruction: the tokenizer's own error of the last
         candle would otherwise shift every forecast."""
         self.decoder = KronosDecoder(tokenizer, predictor).eval()
+        self.functions = functions_of(self.decoder)
+        self._indices = torch.arange(max_context, device=self.decoder.coarse_table.device)
         self.limits = Limits(
             min_context=2, max_context=max_context - 1, max_horizon=max_context - 2, max_total=max_context
         )
@@ -130,35 +132,34 @@ class KronosForecaster:
 
     @torch.inference_mode()
     def run(self, batch: Batch, wanted: Wanted = always) -> Raw:
-        tensors = batch.tensors
+        tensors, functions = batch.tensors, self.functions
         uniforms, pad = tensors["uniforms"], tensors["pad"]
         rows, paths, slots, _ = uniforms.shape
         context = tensors["candles"].shape[1]
-        tokens = self.decoder.tokenize(tensors["candles"], pad)
-        prefix = self.decoder.prefill(*tokens, tensors["stamps"][:, :context], pad)
-        cache = self.decoder.empty_cache(rows, paths, slots)
-        filtered = any(item.sampling.top_k > 0 or item.sampling.top_p < 1 for item in batch.inputs)
-        filters = Filters(tensors["top_k"], tensors["top_p"]) if filtered else None
-        controls = Controls(tensors["temperature"], filters)
-        hidden = prefix.hidden.unsqueeze(1).expand(-1, paths, -1)
+        tokens = functions["tokenize"](tensors["candles"], pad)
+        prefix = functions["prefill"](tokens, tensors["stamps"][:, :context], pad)
+        cache = Cache.empty(prefix, paths, slots)
+        controls = Controls(tensors["temperature"], tensors["top_k"], tensors["top_p"])
+        hidden = prefix.hidden.unsqueeze(1).repeat(1, paths, 1)
         drawn = torch.zeros(2, rows, paths, slots, dtype=torch.int64, device=pad.device)
         for index in range(max(item.horizon for item in batch.inputs)):
             if not wanted():
                 raise Abandoned("nobody waits for these paths")
-            coarse, fine, hidden, entries = self.decoder.step(
+            step = functions["step"](
                 hidden,
                 prefix,
                 cache,
-                torch.tensor(index, device=pad.device),
+                self._indices[index],
                 context - pad + index,
                 tensors["stamps"][:, context + index],
                 uniforms[:, :, index],
                 controls,
             )
-            drawn[0, :, :, index], drawn[1, :, :, index] = coarse, fine
-            _write(cache, entries, index)
-        candles, last = self.decoder.detokenize(tokens, (drawn[0], drawn[1]), pad)
-        return {"candles": candles, "last": last}
+            hidden = step.hidden
+            drawn[0, :, :, index], drawn[1, :, :, index] = step.coarse, step.fine
+            cache.write(step, index)
+        candles = functions["detokenize"](tokens, Tokens(drawn[0], drawn[1]), pad)
+        return {"candles": candles.paths, "last": candles.last}
 
     def finish(self, raw: Raw, batch: Batch) -> list[Forecast]:
         candles, last = raw["candles"].double().cpu().numpy(), raw["last"].double().cpu().numpy()
@@ -207,9 +208,3 @@ def _warnings(item: ForecastInput) -> tuple[str, ...]:
     if item.candles[:, CLOSE].std() < _RESOLUTION:
         found.append(f"these closes move less than {_RESOLUTION:g}, which the network does not resolve: scale them up")
     return tuple(found)
-
-
-def _write(cache: Entries, entries: Entries, index: int) -> None:
-    """Put a step's entries into slot `index`."""
-    for slots, entry in zip(cache, entries, strict=True):
-        slots[..., index : index + 1, :] = entry

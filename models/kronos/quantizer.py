@@ -14,9 +14,12 @@ def quantize(z: Tensor) -> Tensor:
 
 
 def pack_bits(code: Tensor) -> Tensor:
-    """Index of each code `[..., bits]`: bit i is set where component i is positive."""
-    weights = 2 ** torch.arange(code.shape[-1], device=code.device)
-    return ((code > 0) * weights).sum(-1)
+    """Index of each code `[..., bits]`, up to 24 of them: bit i is set where component i is positive.
+
+    Summed in float32, exactly: compiled for CPUs, a sum of 64-bit integers over a short axis comes out wrong.
+    """
+    weights = (2 ** torch.arange(code.shape[-1], device=code.device)).float()
+    return torch.where(code > 0, weights, 0.0).sum(-1).long()
 
 
 def unpack_bits(index: Tensor, bits: int) -> Tensor:

@@ -152,7 +152,7 @@ def test_targets_inside_the_lookback_count_little(samples, split):
 @torch.inference_mode()
 def test_teacher_forced_logits_are_those_that_decoding_samples_from():
     """Trained as served: position t of the training forward equals one cached step after t tokens."""
-    from models.kronos.decoder import KronosDecoder
+    from models.kronos.decoder import KronosDecoder, Tokens
 
     torch.manual_seed(0)
     tokenizer = KronosTokenizer(TokenizerConfig.from_published(TOKENIZER))
@@ -161,5 +161,5 @@ def test_teacher_forced_logits_are_those_that_decoding_samples_from():
     stamps = torch.ones(2, 64, 5, dtype=torch.int64)
     teacher, _ = predictor(coarse, fine, stamps, coarse)
     decoder = KronosDecoder(tokenizer, predictor).eval()
-    prefix = decoder.prefill(coarse, fine, stamps, torch.zeros(2, dtype=torch.int64))
+    prefix = decoder.prefill(Tokens(coarse, fine), stamps, torch.zeros(2, dtype=torch.int64))
     np.testing.assert_allclose(decoder.coarse_head(prefix.hidden), teacher[:, -1], atol=1e-5)

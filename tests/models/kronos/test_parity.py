@@ -7,6 +7,7 @@ import torch
 
 from models.calendars import calendar_features
 from models.forecaster import forecast
+from models.kronos.decoder import Tokens
 from models.kronos.forecaster import KronosForecaster, normalise
 from models.layers import WeightsMismatch
 
@@ -66,7 +67,7 @@ def test_detokenised_candles_equal_the_reference(pair):
     (tokenizer, _), ours = pair
     tokens = torch.randint(0, 1024, (2, 1, 96), generator=torch.Generator().manual_seed(0))
     theirs = tokenizer.decode(list(tokens), half=True)[:, 64:]
-    context, drawn = tuple(tokens[..., :64]), tuple(tokens[..., None, 64:])
+    context, drawn = Tokens(*tokens[..., :64]), Tokens(*tokens[..., None, 64:])
     candles, last = ours.decoder.detokenize(context, drawn, torch.zeros(1, dtype=torch.int64))
     np.testing.assert_allclose(candles[:, 0].numpy(), theirs.numpy(), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(last.numpy(), tokenizer.decode(list(tokens[..., :64]), half=True)[:, -1], atol=1e-5)
@@ -80,7 +81,7 @@ def test_first_logits_equal_the_reference(pair, make_request):
     stamps = torch.from_numpy(calendar_features(item.local_times[:128]))[None]
     tokens = tokenizer.encode(x, half=True)
     theirs, context = predictor.decode_s1(*tokens, stamps)
-    prefix = ours.decoder.prefill(*tokens, stamps, torch.zeros(1, dtype=torch.int64))
+    prefix = ours.decoder.prefill(Tokens(*tokens), stamps, torch.zeros(1, dtype=torch.int64))
     np.testing.assert_allclose(prefix.hidden.numpy(), context[:, -1].numpy(), rtol=1e-4, atol=1e-5)
     logits = ours.decoder.coarse_head(prefix.hidden)
     assert float((logits - theirs[:, -1]).abs().max() / theirs.abs().max()) <= 1e-5

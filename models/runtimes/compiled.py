@@ -1,0 +1,45 @@
+"""Compiled ahead of time: torch.export, then AOTInductor. A package holds code alone; weights stay the version's.
+
+Packages are native code of the machine that built them. They are loaded without compiling anything.
+"""
+
+import io
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import nn
+
+from models.runtimes.functions import Decoder, Flat, Function, Functions, rebuilt
+
+_OPTIONS: Final = {
+    "aot_inductor.package_constants_in_so": False,  # prefill and step would each carry the weights
+    "cpp.dynamic_threads": True,  # the number of threads is the service's choice, not the compiler's
+}
+
+
+def compile_function(decoder: Decoder, name: str) -> bytes:
+    """The package of one function; takes a minute or so and needs a C++ compiler."""
+    program = Flat(decoder, name).exported()
+    with tempfile.TemporaryDirectory() as folder:
+        path = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(Path(folder) / f"{name}.pt2"), inductor_configs=_OPTIONS
+        )
+        return Path(path).read_bytes()
+
+
+def load_functions(decoder: Decoder, packages: Mapping[str, bytes]) -> Functions:
+    """Functions that run `packages` on the tensors of `decoder`, which must live as long as they do."""
+    return {name: _load(decoder, name, packages[name]) for name in decoder.functions}
+
+
+def _load(decoder: Decoder, name: str, package: bytes) -> Function:
+    assert isinstance(decoder, nn.Module)
+    runner = torch._inductor.aoti_load_package(io.BytesIO(package))
+    wanted = runner.get_constant_fqns()
+    own = {f"decoder.{key}": tensor.detach() for key, tensor in decoder.state_dict(keep_vars=True).items()}
+    runner.load_constants({key: own[key] for key in wanted}, check_full_update=True, user_managed=True)
+    # Strides are compiled in: they are those of contiguous tensors.
+    return rebuilt(decoder, name, lambda tensors: runner(*(tensor.contiguous() for tensor in tensors)))

@@ -1,0 +1,76 @@
+"""What runtimes execute: a decoder's named functions, tensors in and tensors out.
+
+An argument is a tensor or a NamedTuple of tensors; a result is a NamedTuple of tensors, named by the function's
+return annotation. Exported forms know flat lists of tensors only: `Flat` is the way there, `rebuilt` the way back.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, Self, get_type_hints
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+Function = Callable[..., Any]
+Functions = Mapping[str, Function]
+Shapes = list[dict[int, Any]]
+
+
+class Decoder(Protocol):
+    """A network ready to serve. It is a module; `functions` names its methods that runtimes execute."""
+
+    functions: tuple[str, ...]
+
+    def examples(self, size: int) -> Mapping[str, tuple[Any, ...]]:
+        """Arguments of every function; those of `size` 0 and 1 differ in every dimension that may change."""
+        ...
+
+    def reduced(self, dtype: torch.dtype) -> Self:
+        """A copy whose matrices are of `dtype`."""
+        ...
+
+
+def functions_of(decoder: Decoder) -> Functions:
+    """The decoder's own methods: the eager runtime."""
+    return {name: getattr(decoder, name) for name in decoder.functions}
+
+
+def flattened(arguments: Sequence[Any]) -> tuple[Tensor, ...]:
+    """The tensors of `arguments`, in order."""
+    return tuple(_pytree.tree_leaves(list(arguments)))
+
+
+class Flat(nn.Module):
+    """One function as a module over a flat list of tensors, with example tensors and its dimensions that may change."""
+
+    def __init__(self, decoder: Decoder, name: str) -> None:
+        super().__init__()
+        small, large = (decoder.examples(size)[name] for size in (0, 1))
+        self.decoder = decoder
+        self._name = name
+        self._structure = _pytree.tree_structure(list(large))
+        self.example = flattened(large)
+        self.changing = [
+            [axis for axis in range(a.ndim) if a.shape[axis] != b.shape[axis]]
+            for a, b in zip(flattened(small), self.example, strict=True)
+        ]
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        arguments = _pytree.tree_unflatten(list(tensors), self._structure)
+        return tuple(getattr(self.decoder, self._name)(*arguments))
+
+    def exported(self) -> torch.export.ExportedProgram:
+        """Traced once for every shape; a host sync or a branch on data fails here."""
+        dynamic = tuple(dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for axes in self.changing)
+        with torch.no_grad():
+            return torch.export.export(self, self.example, dynamic_shapes=(dynamic,), strict=False)
+
+
+def rebuilt(decoder: Decoder, name: str, execute: Callable[[tuple[Tensor, ...]], Sequence[Tensor]]) -> Function:
+    """`execute`, which knows flat tensors, with the arguments and the result of the function called `name`."""
+    result = get_type_hints(getattr(type(decoder), name))["return"]
+
+    def function(*arguments: Any) -> Any:
+        return result(*execute(flattened(arguments)))
+
+    return function

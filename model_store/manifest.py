@@ -1,6 +1,7 @@
 """The manifest: everything that is known about a version, hashed together with its files."""
 
 import hashlib
+import hmac
 import json
 from collections.abc import Mapping
 from typing import Any, Final, Literal
@@ -8,7 +9,7 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 SCHEMA_VERSION: Final = 1
-MANIFEST, CONFIG, WEIGHTS = "manifest.json", "config.json", "weights.safetensors"
+MANIFEST, CONFIG, WEIGHTS, RUNTIMES = "manifest.json", "config.json", "weights.safetensors", "runtimes"
 
 
 class _Strict(BaseModel):
@@ -95,6 +96,53 @@ class TrainingRecord(_Strict):
     steps: int
     seconds: float
     seed: int
+
+
+class Parity(_Strict):
+    """How far an artefact is from the version's float32 functions, executed eagerly."""
+
+    functions: dict[str, float] = Field(description="Largest error of a result over its largest magnitude.")
+    equal_tokens: float = Field(description="Share of equal tokens where both start from the same numbers.")
+    windows: int = Field(default=0, description="Calibration windows; the scores below are over their closes.")
+    mae_log_return: float | None = None
+    mae_log_return_float32: float | None = None
+    quantile_shift: dict[str, float] = Field(
+        default_factory=dict,
+        description="Mean distance from float32's quantile, by level, over the mean width of its 80 % band.",
+    )
+    budget: dict[str, float] = Field(description="What the numbers above had to stay within.")
+
+
+class Artefact(_Strict):
+    """The manifest of one runtime of one version, beside it and outside its hash."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    model: str
+    version: str
+    runtime: Literal["eager", "compiled", "onnx"]
+    dtype: Literal["float32", "bfloat16", "int8"]
+    platform: str = Field(description="What built and tested it; compiled code runs nowhere else.")
+    torch: str
+    files: dict[str, FileEntry]
+    parity: Parity
+    build_seconds: float
+    created_at: str
+    signature: str = Field(default="", description="HMAC-SHA256 of all else by the key of the machine that built it.")
+
+    @property
+    def label(self) -> str:
+        return f"{self.runtime}-{self.dtype}"
+
+    def signed(self, key: bytes) -> "Artefact":
+        """With the signature that `key` gives."""
+        return self.model_copy(update={"signature": self._signature(key)})
+
+    def is_signed_by(self, key: bytes) -> bool:
+        return hmac.compare_digest(self.signature, self._signature(key))
+
+    def _signature(self, key: bytes) -> str:
+        content = canonical_json(self.model_dump(mode="json", exclude={"signature"}))
+        return hmac.new(key, content, hashlib.sha256).hexdigest()
 
 
 class Manifest(_Strict):

@@ -3,19 +3,15 @@
 import contextlib
 import fcntl
 import getpass
-import hashlib
 import json
 import os
 import re
 import secrets
-import shutil
-import stat
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -23,7 +19,18 @@ from pydantic_core import from_json
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from model_store.manifest import CONFIG, MANIFEST, WEIGHTS, Evaluation, FileEntry, Manifest, canonical_json, version_of
+from model_store.files import (
+    StoreError,
+    VerificationFailed,
+    VersionNotFound,
+    entries_of,
+    open_regular,
+    read_listed,
+    sync_directory,
+    write_directory,
+    write_synced,
+)
+from model_store.manifest import CONFIG, MANIFEST, RUNTIMES, WEIGHTS, Evaluation, Manifest, canonical_json, version_of
 
 CANDIDATE, PRODUCTION, PREVIOUS = "candidate", "production", "previous"
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -31,18 +38,6 @@ _VERSION: Final = re.compile(r"[0-9a-f]{12}")
 _MAX_JSON_BYTES: Final = 16 * 2**20
 _GATE: Final = "skill_vs_naive"
 _ALIASES: Final = TypeAdapter(dict[str, str])
-
-
-class StoreError(RuntimeError):
-    """Something is wrong with the model store."""
-
-
-class VersionNotFound(StoreError):
-    """No such model, version or alias."""
-
-
-class VerificationFailed(StoreError):
-    """A version's bytes are not what its manifest says."""
 
 
 class PromotionRefused(StoreError):
@@ -86,7 +81,7 @@ class ModelStore:
         if not path.is_file():
             return {}
         try:
-            with _open_regular(path) as file:
+            with open_regular(path) as file:
                 return _ALIASES.validate_json(file.read(_MAX_JSON_BYTES))
         except ValidationError as error:
             raise VerificationFailed(f"{model}: {path.name} is not a table of aliases") from error
@@ -121,7 +116,7 @@ class ModelStore:
 
     def find(self, model: str, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> Manifest | None:
         """The newest version of `model` with this very config and these very tensors."""
-        wanted = _entries(_serialise(config, weights))
+        wanted = entries_of(_serialise(config, weights))
         for version in reversed(self.versions(model)):
             with contextlib.suppress(VerificationFailed):  # a broken version is nobody's equal
                 manifest = self._read_manifest(model, version)
@@ -139,13 +134,13 @@ class ModelStore:
         `manifest` holds the fields of Manifest but `version` and `files`. An equal version is kept as it is.
         """
         contents = _serialise(config, weights)
-        draft = Manifest.model_validate({**manifest, "files": _entries(contents)})
+        draft = Manifest.model_validate({**manifest, "files": entries_of(contents)})
         complete = draft.model_copy(update={"version": draft.digest()})
         target = self._home(complete.model) / complete.version
         if target.exists():
             return self.verify(f"{complete.model}@{complete.version}")
         contents[MANIFEST] = canonical_json(complete.model_dump(mode="json"))
-        self._write_directory(target, contents)
+        write_directory(target, contents)
         return complete
 
     def set_alias(self, model: str, alias: str, version: str) -> None:
@@ -203,7 +198,7 @@ class ModelStore:
         home = self._home(model) / version
         if home.is_symlink():
             raise VerificationFailed(f"{model}@{version} is a link")
-        with _open_regular(home / MANIFEST) as file:
+        with open_regular(home / MANIFEST) as file:
             data = file.read(_MAX_JSON_BYTES)
         try:
             content = from_json(data)  # unlike json, it survives a thousand brackets
@@ -215,43 +210,16 @@ class ModelStore:
         return manifest
 
     def _read_files(self, manifest: Manifest) -> dict[str, bytes]:
-        """Every listed file, hashed on the way in; unlisted files and links are refused."""
         home = self._home(manifest.model) / manifest.version
-        found = {entry.name for entry in os.scandir(home)} - {MANIFEST}
-        if found != set(manifest.files):
-            odd = ", ".join(sorted(found ^ set(manifest.files)))
-            raise VerificationFailed(f"{manifest.model}@{manifest.version}: missing or unlisted: {odd}")
-        contents = {}
-        for name, entry in manifest.files.items():
-            with _open_regular(home / name) as file:
-                data = file.read(entry.bytes + 1)
-            if len(data) != entry.bytes or hashlib.sha256(data).hexdigest() != entry.sha256:
-                raise VerificationFailed(f"{manifest.model}@{manifest.version}: {name} is not what was stored")
-            contents[name] = data
-        return contents
-
-    def _write_directory(self, target: Path, contents: Mapping[str, bytes]) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".put-", dir=target.parent))
-        try:
-            for name, data in contents.items():
-                _write_synced(temporary / name, data)
-            temporary.chmod(0o755)
-            _sync_directory(temporary)
-            os.rename(temporary, target)
-            _sync_directory(target.parent)
-        except BaseException as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            if not (isinstance(error, OSError) and (target / MANIFEST).is_file()):
-                raise
-            # another writer stored the same version first
+        what = f"{manifest.model}@{manifest.version}"
+        return read_listed(home, manifest.files, beside=frozenset({MANIFEST, RUNTIMES}), what=what)
 
     def _write_aliases(self, model: str, aliases: Mapping[str, str]) -> None:
         path = self._home(model) / "aliases.json"
         temporary = path.with_suffix(".tmp")
-        _write_synced(temporary, canonical_json(aliases))
+        write_synced(temporary, canonical_json(aliases))
         os.replace(temporary, path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
 
     def _record(self, model: str, event: str, **facts: str | None) -> None:
         """One file per event, so that no two writers ever share one."""
@@ -260,7 +228,7 @@ class ModelStore:
         directory.mkdir(exist_ok=True)
         entry = {"at": now.isoformat(), "event": event, "by": _whoami(), **facts}
         name = f"{now:%Y%m%dT%H%M%S.%fZ}-{event}-{secrets.token_hex(4)}.json"
-        _write_synced(directory / name, canonical_json(entry))
+        write_synced(directory / name, canonical_json(entry))
 
     @contextlib.contextmanager
     def _locked(self, model: str) -> Iterator[None]:
@@ -274,12 +242,6 @@ def _serialise(config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -
     if weights:
         contents[WEIGHTS] = save_tensors({name: weights[name].contiguous() for name in sorted(weights)})
     return contents
-
-
-def _entries(contents: Mapping[str, bytes]) -> dict[str, FileEntry]:
-    return {
-        name: FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in contents.items()
-    }
 
 
 def _refuse_worse(new: Manifest, current: Manifest) -> None:
@@ -317,30 +279,3 @@ def _whoami() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # a container's numeric user has no name
         return str(os.getuid())
-
-
-def _open_regular(path: Path) -> BinaryIO:
-    """Open a plain file without following a link, so that what is hashed cannot be swapped for another file."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe would block for ever
-    except OSError as error:
-        raise VerificationFailed(f"{path.parent.name}/{path.name}: {error.strerror}") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise VerificationFailed(f"{path.parent.name}/{path.name} is not a plain file")
-    return os.fdopen(descriptor, "rb")
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,8 +12,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from model_store.files import StoreError
 from model_store.manifest import Manifest
-from model_store.store import ModelStore, StoreError
+from model_store.store import ModelStore
 
 Weights = dict[str, torch.Tensor]
 

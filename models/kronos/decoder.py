@@ -29,14 +29,28 @@ class Tokens(NamedTuple):
 
 
 class Prefix(NamedTuple):
-    """What a symbol's paths share after `prefill`."""
+    """What all paths of a symbol attend to: its context."""
 
     keys: Tensor  # [L, B, N, T, W]
     values: Tensor  # [L, B, N, T, W]
     dependency_keys: Tensor  # [B, 4, T, D/4]
     dependency_values: Tensor  # [B, 4, T, D/4]
-    hidden: Tensor  # [B, D] of the last candle
     mask: Tensor  # [B, 1, 1, T] 0 or -inf
+
+
+class Prefilled(NamedTuple):
+    """A Prefix, and where its paths start."""
+
+    keys: Tensor
+    values: Tensor
+    dependency_keys: Tensor
+    dependency_values: Tensor
+    mask: Tensor
+    hidden: Tensor  # [B, D] of the last candle
+
+    @property
+    def prefix(self) -> Prefix:
+        return Prefix(*self[:5])
 
 
 class Cache(NamedTuple):
@@ -188,27 +202,30 @@ class KronosDecoder(nn.Module):
         self.register_buffer("dependency", torch.cat([dependency.k_proj.weight, dependency.v_proj.weight]).detach())
         self.register_buffer("dependency_bias", torch.cat([dependency.k_proj.bias, dependency.v_proj.bias]).detach())
 
+    @property
+    def device(self) -> torch.device:
+        return self.coarse_table.device
+
     def examples(self, size: int) -> Mapping[str, tuple[Any, ...]]:
         """Arguments of the four functions, for runtimes that are traced."""
         B, T, S, H = ((5, 64, 12, 24), (6, 128, 8, 16))[size]
-        device = self.coarse_table.device
+        device = self.device
         pad = torch.zeros(B, dtype=torch.int64, device=device)
         candles = torch.zeros(B, T, self.embed.in_features, device=device)
         stamps = torch.ones(B, T, len(TIME_FIELDS), dtype=torch.int64, device=device)
         context = Tokens(*torch.zeros(2, B, T, dtype=torch.int64, device=device))
         drawn = Tokens(*torch.zeros(2, B, S, H, dtype=torch.int64, device=device))
         with torch.no_grad():
-            prefix = self.prefill(context, stamps, pad)
-        ones = torch.ones(B, device=device)
+            filled = self.prefill(context, stamps, pad)
         step = (
-            prefix.hidden.unsqueeze(1).repeat(1, S, 1),
-            prefix,
-            Cache.empty(prefix, S, H),
+            filled.hidden.unsqueeze(1).repeat(1, S, 1),
+            filled.prefix,
+            Cache.empty(filled.prefix, S, H),
             torch.tensor(0, device=device),
             pad + T,
             stamps[:, -1],
             torch.zeros(B, S, 2, device=device),
-            Controls(ones, torch.zeros_like(pad), ones),
+            Controls(torch.ones(B, device=device), torch.zeros_like(pad), torch.ones(B, device=device)),
         )
         return {
             "tokenize": (candles, pad),
@@ -247,7 +264,7 @@ class KronosDecoder(nn.Module):
         coarse, fine = self.quantise(z).split((self.tokens.s1_bits, self.tokens.s2_bits), dim=-1)
         return Tokens(pack_bits(coarse), pack_bits(fine))
 
-    def prefill(self, tokens: Tokens, stamps: Tensor, pad: Tensor) -> Prefix:
+    def prefill(self, tokens: Tokens, stamps: Tensor, pad: Tensor) -> Prefilled:
         """Everything the paths of each symbol share, from its tokens and features `[B, T, 5]`."""
         T = stamps.shape[1]
         x = self._embed(tokens, self.time_emb(stamps))
@@ -258,8 +275,8 @@ class KronosDecoder(nn.Module):
             keys.append(k)
             values.append(v)
         hidden = self.norm(x)
-        return Prefix(
-            torch.stack(keys), torch.stack(values), *self._dependency(hidden), hidden[:, -1], _padding(T, pad)
+        return Prefilled(
+            torch.stack(keys), torch.stack(values), *self._dependency(hidden), _padding(T, pad), hidden[:, -1]
         )
 
     def step(

@@ -1,7 +1,8 @@
 """Kronos behind the Forecaster contract: one prefill per symbol, cached steps over its paths."""
 
+import copy
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from models.kronos.network import KronosPredictor, PredictorConfig
 from models.kronos.tokenizer import KronosTokenizer, TokenizerConfig
 from models.layers import load_strictly
 from models.quantiles import parse_aggregate, path_quantiles, unreachable_levels
-from models.runtimes.functions import functions_of
+from models.runtimes.functions import Functions, functions_of
 from models.uniforms import draw_uniforms
 
 _CLIP: Final = 5.0
@@ -54,8 +55,8 @@ class KronosForecaster:
         """`anchor` scales each path by last close / its reconstruction: the tokenizer's own error of the last
         candle would otherwise shift every forecast."""
         self.decoder = KronosDecoder(tokenizer, predictor).eval()
-        self.functions = functions_of(self.decoder)
-        self._indices = torch.arange(max_context, device=self.decoder.coarse_table.device)
+        self.functions: Functions = functions_of(self.decoder)
+        self._indices = torch.arange(max_context, device=self.decoder.device)
         self.limits = Limits(
             min_context=2, max_context=max_context - 1, max_horizon=max_context - 2, max_total=max_context
         )
@@ -70,6 +71,11 @@ class KronosForecaster:
         load_strictly(both, weights, "Kronos")
         both.to(device)
         return cls(tokenizer, predictor, max_context=config["context"], anchor=config.get("anchor", False))
+
+    def executed_by(self, functions: Functions) -> Self:
+        other = copy.copy(self)
+        other.functions = functions
+        return other
 
     def check(self, item: ForecastInput) -> None:
         self.limits.check(item)
@@ -127,7 +133,7 @@ class KronosForecaster:
             arrays["uniforms"][index, : sampling.samples, : item.horizon] = row["uniforms"]
             arrays["temperature"][index] = sampling.temperature
             arrays["top_k"][index], arrays["top_p"][index] = sampling.top_k, sampling.top_p
-        device = self.decoder.coarse_table.device
+        device = self.decoder.device
         return Batch(inputs, {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}, count)
 
     @torch.inference_mode()
@@ -137,10 +143,11 @@ class KronosForecaster:
         rows, paths, slots, _ = uniforms.shape
         context = tensors["candles"].shape[1]
         tokens = functions["tokenize"](tensors["candles"], pad)
-        prefix = functions["prefill"](tokens, tensors["stamps"][:, :context], pad)
+        filled = functions["prefill"](tokens, tensors["stamps"][:, :context], pad)
+        prefix = filled.prefix
         cache = Cache.empty(prefix, paths, slots)
         controls = Controls(tensors["temperature"], tensors["top_k"], tensors["top_p"])
-        hidden = prefix.hidden.unsqueeze(1).repeat(1, paths, 1)
+        hidden = filled.hidden.unsqueeze(1).repeat(1, paths, 1)
         drawn = torch.zeros(2, rows, paths, slots, dtype=torch.int64, device=pad.device)
         for index in range(max(item.horizon for item in batch.inputs)):
             if not wanted():

@@ -24,7 +24,8 @@ def pack_bits(code: Tensor) -> Tensor:
 
 def unpack_bits(index: Tensor, bits: int) -> Tensor:
     """Components `[..., bits]` of +-1 for each index."""
-    return (index.unsqueeze(-1) >> torch.arange(bits, device=index.device) & 1).float() * 2 - 1
+    shifted = torch.bitwise_right_shift(index.unsqueeze(-1), torch.arange(bits, device=index.device))
+    return torch.bitwise_and(shifted, 1).float() * 2 - 1
 
 
 def entropy_penalty(z: Tensor, group: int, *, per_sample: float, codebook: float) -> Tensor:

@@ -5,7 +5,7 @@ return annotation. Exported forms know flat lists of tensors only: `Flat` is the
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, Self, get_type_hints
+from typing import Any, Protocol, Self, get_type_hints, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,6 @@ from torch.utils import _pytree
 
 Function = Callable[..., Any]
 Functions = Mapping[str, Function]
-Shapes = list[dict[int, Any]]
 
 
 class Decoder(Protocol):
@@ -21,12 +20,27 @@ class Decoder(Protocol):
 
     functions: tuple[str, ...]
 
+    @property
+    def device(self) -> torch.device: ...
+
     def examples(self, size: int) -> Mapping[str, tuple[Any, ...]]:
         """Arguments of every function; those of `size` 0 and 1 differ in every dimension that may change."""
         ...
 
     def reduced(self, dtype: torch.dtype) -> Self:
         """A copy whose matrices are of `dtype`."""
+        ...
+
+
+@runtime_checkable
+class Executable(Protocol):
+    """A forecaster whose functions can be executed by another runtime."""
+
+    decoder: Decoder
+    functions: Functions
+
+    def executed_by(self, functions: Functions) -> Self:
+        """The same forecaster on other functions; both share all else."""
         ...
 
 

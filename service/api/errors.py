@@ -13,7 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from model_store.store import StoreError, VersionNotFound
+from model_store.files import StoreError, VersionNotFound
 from models.calendars import UnknownCalendar
 from models.candles import InvalidCandles
 from models.forecaster import InvalidModelOutput, ModelError

@@ -6,8 +6,9 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from model_store.files import VerificationFailed
 from model_store.manifest import Evaluation, Manifest
-from model_store.store import PRODUCTION, VerificationFailed
+from model_store.store import PRODUCTION
 from service.api.schemas import EvaluationAnswer, LimitsAnswer, ModelAnswer, ModelsAnswer
 from service.engine.registry import Registry
 from service.services import Parts

@@ -1,0 +1,72 @@
+"""Runtimes of a version: files in `<model>/<version>/runtimes/<runtime>-<dtype>-<platform>-<torch>/`, append-only."""
+
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from model_store.files import VerificationFailed, entries_of, open_regular, read_listed, write_directory
+from model_store.manifest import MANIFEST, RUNTIMES, Artefact, canonical_json
+from model_store.store import ModelStore
+
+_MAX_MANIFEST_BYTES = 2**20
+
+
+def machine_key(home: Path) -> bytes:
+    """The secret by which this machine knows what it built; made at the first call."""
+    path = home / "machine.key"
+    home.mkdir(parents=True, exist_ok=True)
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        with open_regular(path) as file:
+            return file.read()
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(key := secrets.token_bytes(32))
+    return key
+
+
+def put_artefact(store: ModelStore, artefact: Artefact, contents: Mapping[str, bytes], key: bytes) -> Artefact:
+    """Store an artefact whole or not at all, signed; one that is there already stays."""
+    complete = artefact.model_copy(update={"files": entries_of(contents)}).signed(key)
+    data = canonical_json(complete.model_dump(mode="json"))
+    write_directory(_home(store, complete), {**contents, MANIFEST: data})
+    return complete
+
+
+def find_artefacts(store: ModelStore, reference: str, *, platform: str, torch_version: str) -> dict[str, Artefact]:
+    """The artefacts of a version that were tested on this platform and torch, by label."""
+    model, version = store.resolve(reference)
+    home = store.root / model / version / RUNTIMES
+    if not home.is_dir():
+        return {}
+    found = [_read(path / MANIFEST) for path in sorted(home.iterdir()) if (path / MANIFEST).is_file()]
+    return {
+        one.label: one
+        for one in found
+        if (one.model, one.version, one.platform, one.torch) == (model, version, platform, torch_version)
+    }
+
+
+def read_artefact(store: ModelStore, artefact: Artefact, *, native: bool, key: bytes) -> dict[str, bytes]:
+    """Its files, verified. Native code runs only where it was built: VerificationFailed unless `key` signed it."""
+    what = f"{artefact.model}@{artefact.version} {artefact.label}"
+    if native and not artefact.is_signed_by(key):
+        raise VerificationFailed(f"{what} is native code that was not built on this machine: export it here")
+    return read_listed(_home(store, artefact), artefact.files, beside=frozenset({MANIFEST}), what=what)
+
+
+def _home(store: ModelStore, artefact: Artefact) -> Path:
+    folder = f"{artefact.label}-{artefact.platform}-{artefact.torch}"
+    return store.root / artefact.model / artefact.version / RUNTIMES / folder
+
+
+def _read(path: Path) -> Artefact:
+    with open_regular(path) as file:
+        data = file.read(_MAX_MANIFEST_BYTES)
+    try:
+        return Artefact.model_validate_json(data)
+    except ValidationError as error:
+        raise VerificationFailed(f"{path.parent.name}: {MANIFEST} is not an artefact's: {error}") from error

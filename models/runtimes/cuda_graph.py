@@ -1,0 +1,87 @@
+"""CUDA graphs over any torch runtime: functions are captured per shape at warm-up and replayed, never captured late.
+
+A shape that was not captured runs uncaptured; `hits` and `misses` count both.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.runtimes.functions import Decoder, Function, Functions, flattened, rebuilt
+
+Key = tuple[str, tuple[tuple[torch.Size, torch.dtype], ...]]
+
+_WARM_UPS = 3  # libraries choose their kernels and workspaces in the first runs, which a capture must not see
+
+
+@dataclass(frozen=True)
+class _Captured:
+    graph: Any
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+    def replay(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Results in memory of their own: the next replay overwrites the graph's."""
+        torch._foreach_copy_(list(self.inputs), list(tensors), non_blocking=True)
+        self.graph.replay()
+        return tuple(output.clone() for output in self.outputs)
+
+
+class CudaGraphs:
+    """`functions` captured: calls made inside `capturing` record a graph, later ones of that shape replay it."""
+
+    def __init__(self, decoder: Decoder, functions: Functions) -> None:
+        self._decoder = decoder
+        self._plain = functions
+        self._captured: dict[Key, _Captured] = {}
+        self._pool: Any = None
+        self.capturing = False
+        self.hits: Counter[str] = Counter()
+        self.misses: Counter[str] = Counter()
+
+    @property
+    def functions(self) -> Functions:
+        return {name: self._function(name) for name in self._plain}
+
+    def __len__(self) -> int:
+        """Graphs captured."""
+        return len(self._captured)
+
+    def _function(self, name: str) -> Function:
+        plain = self._plain[name]
+
+        def function(*arguments: Any) -> Any:
+            tensors = flattened(arguments)
+            key = (name, tuple((tensor.shape, tensor.dtype) for tensor in tensors))
+            found = self._captured.get(key)
+            if found is None and self.capturing:
+                found = self._captured[key] = self._capture(plain, arguments)
+            if found is None:
+                self.misses[name] += 1
+                return plain(*arguments)
+            self.hits[name] += 1
+            return rebuilt(self._decoder, name, found.replay)(*arguments)
+
+        return function
+
+    def _capture(self, plain: Function, arguments: Sequence[Any]) -> _Captured:
+        from torch.utils import _pytree
+
+        leaves, structure = _pytree.tree_flatten(list(arguments))
+        inputs = tuple(tensor.clone() for tensor in leaves)
+        static = _pytree.tree_unflatten(list(inputs), structure)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UPS):
+                plain(*static)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            outputs = tuple(plain(*static))
+        self._pool = self._pool or graph.pool()
+        return _Captured(graph, inputs, outputs)

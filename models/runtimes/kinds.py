@@ -1,0 +1,77 @@
+"""The runtimes by name: what each needs on disk, and the functions it then offers."""
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from models.runtimes import compiled, onnx
+from models.runtimes.functions import Decoder, Functions, functions_of
+
+Files = Mapping[str, bytes]
+DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FP32_EAGER: Final = "eager-float32"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One runtime with one dtype."""
+
+    runtime: str
+    dtype: str
+    native: bool  # its files are code of the machine that made them
+
+    @property
+    def label(self) -> str:
+        return f"{self.runtime}-{self.dtype}"
+
+    def build(self, decoder: Decoder) -> dict[str, bytes]:
+        """The files of the artefact, by name; minutes, for a compiled one."""
+        if self.runtime == "eager":
+            return {}
+        served = self._served(decoder)
+        return {self._file(name): self._built(served, name) for name in decoder.functions}
+
+    def load(self, decoder: Decoder, files: Files, threads: int) -> Functions:
+        """The functions, on the device where `decoder` lies."""
+        served = self._served(decoder)
+        if self.runtime == "eager":
+            return functions_of(served)
+        parts = {name: files[self._file(name)] for name in decoder.functions}
+        if self.runtime == "compiled":
+            return compiled.load_functions(served, parts)
+        return onnx.load_functions(served, parts, decoder.device, threads)
+
+    def _served(self, decoder: Decoder) -> Decoder:
+        return decoder if self.dtype in ("float32", "int8") else decoder.reduced(DTYPES[self.dtype])
+
+    def _built(self, decoder: Decoder, name: str) -> bytes:
+        if self.runtime == "compiled":
+            return compiled.compile_function(decoder, name)
+        return onnx.export_function(decoder, name, int8=self.dtype == "int8")
+
+    def _file(self, name: str) -> str:
+        return f"{name}.{'pt2' if self.runtime == 'compiled' else 'onnx'}"
+
+
+KINDS: Final = {
+    kind.label: kind
+    for kind in (
+        Kind("eager", "float32", native=False),
+        Kind("eager", "bfloat16", native=False),
+        Kind("compiled", "float32", native=True),
+        Kind("compiled", "bfloat16", native=True),
+        Kind("onnx", "float32", native=False),
+        Kind("onnx", "int8", native=False),
+    )
+}
+
+
+def platform_name(device: torch.device) -> str:
+    """What compiled code and measured times hold for, such as `linux-x86_64-avx512` or `…-sm90`."""
+    machine = f"{platform.system()}-{platform.machine()}".lower()
+    if device.type == "cuda":
+        return f"{machine}-sm{''.join(map(str, torch.cuda.get_device_capability(device)))}"
+    return f"{machine}-{torch.backends.cpu.get_cpu_capability().lower()}"

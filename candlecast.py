@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import click
 if TYPE_CHECKING:
     from http.client import HTTPConnection
 
-    from model_store.manifest import Manifest
+    from model_store.manifest import Manifest, Parity
     from model_store.store import ModelStore
     from training.candle_files import Series
 
@@ -32,6 +33,16 @@ DataFolder = click.option(
     show_default=True,
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Folder with one CSV per symbol.",
+)
+
+
+HomeFolder = click.option(
+    "--home",
+    envvar="CANDLECAST_HOME",
+    default=Path("var"),
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Folder of what belongs to this machine.",
 )
 
 
@@ -239,6 +250,90 @@ def forecast(symbol: str, plot: Path | None, folder: Path, store_root: Path, as_
         Console(width=100).print(forecast_table(glance))
 
 
+@main.command()
+@click.argument("reference")
+@click.option("--runtime", type=click.Choice(["eager", "compiled", "onnx"]), default="compiled", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "int8"]),
+    default="float32",
+    show_default=True,
+    help="bfloat16 needs eager or compiled, int8 needs onnx.",
+)
+@click.option("--windows", default=96, show_default=True, help="Forecasts that reduced precision is judged by.")
+@click.option("--device", default="cpu", show_default=True, help="Torch device to build for.")
+@HomeFolder
+@DataFolder
+@StoreRoot
+@JsonFlag
+def export(
+    reference: str,
+    runtime: str,
+    dtype: str,
+    windows: int,
+    device: str,
+    home: Path,
+    folder: Path,
+    store_root: Path,
+    as_json: bool,
+) -> None:
+    """Build a faster runtime of NAME or NAME@VERSION and store it, if its forecasts agree with float32's.
+
+    A compiled one takes minutes and a C++ compiler. The service uses what is fastest on its machine.
+
+    \b
+    Example: candlecast export toto-demo --runtime eager --dtype bfloat16
+    """
+    from model_store.artefacts import machine_key
+    from model_store.store import ModelStore
+    from models.runtimes.kinds import KINDS
+    from training.candle_files import load
+    from training.export import export
+
+    kind = KINDS.get(f"{runtime}-{dtype}")
+    if kind is None:
+        raise ValueError(f"{runtime} has no {dtype}: use {', '.join(KINDS)}")
+    series, _ = load(folder)
+    artefact = export(
+        ModelStore(store_root), reference, kind, series, key=machine_key(home), device=device, windows=windows
+    )
+    if as_json:
+        click.echo(artefact.model_dump_json())
+        return
+    click.echo(f"{artefact.model}@{artefact.version} {artefact.label}, built in {artefact.build_seconds:.0f} s")
+    for line in parity_lines(artefact.parity):
+        click.echo(f"  {line}")
+
+
+@main.group()
+def models() -> None:
+    """What runs the models on this machine."""
+
+
+@models.command("time")
+@click.argument("references", metavar="[NAME]...", nargs=-1)
+@click.option("--device", envvar="CANDLECAST_DEVICE", default="cpu", show_default=True, help="Torch device.")
+@HomeFolder
+@StoreRoot
+@JsonFlag
+def time_models(references: tuple[str, ...], device: str, home: Path, store_root: Path, as_json: bool) -> None:
+    """Time every runtime of NAME (by default of all in production) again and remember the fastest.
+
+    \b
+    Example: candlecast models time toto-demo
+    """
+    from service.engine.selection import time_again
+
+    choices = time_again(store_root, references, home=home, device=device)
+    if as_json:
+        click.echo(json.dumps({exact: asdict(choice) for exact, choice in choices.items()}))
+        return
+    for exact, choice in choices.items():
+        click.echo(f"{exact} runs {choice.label}")
+        for label, (one, eight) in choice.times_ms.items():
+            click.echo(f"  {label:<18} {one:8.1f} ms alone, {eight:8.1f} ms for a batch of 8")
+
+
 @main.group()
 def store() -> None:
     """Versions of models: list, show, verify, import, promote."""
@@ -342,6 +437,17 @@ def promote(reference: str, force: str | None, store_root: Path, as_json: bool) 
 
     manifest = ModelStore(store_root).promote(reference, force=force)
     _print_version(manifest, as_json, [f"now serves as {manifest.model}"])
+
+
+def parity_lines(parity: "Parity") -> list[str]:
+    """The comparison with float32, for people."""
+    worst = max(parity.functions.items(), key=lambda pair: pair[1])
+    lines = [f"largest error of a function {worst[1]:.1e} ({worst[0]}), equal tokens {parity.equal_tokens:.2%}"]
+    if parity.mae_log_return is not None and parity.mae_log_return_float32:
+        change = parity.mae_log_return / parity.mae_log_return_float32 - 1
+        moved = ", ".join(f"{level}: {value:.2%}" for level, value in parity.quantile_shift.items())
+        lines.append(f"MAE over {parity.windows} windows {change:+.3%}; quantiles moved, in 80 % bands: {moved}")
+    return lines
 
 
 def _print_version(manifest: "Manifest", as_json: bool, notes: list[str]) -> None:

@@ -20,6 +20,7 @@ from service.engine.batcher import Batcher
 from service.engine.engine import Engine
 from service.engine.history import History
 from service.engine.registry import Build, Registry
+from service.engine.selection import Selection
 from service.engine.series import load_calendar
 from service.metrics import Metrics
 from service.services import Clock, Services, wall_clock
@@ -64,13 +65,15 @@ def create_admin_app(services: Services) -> FastAPI:
 def _services(settings: Settings, build: Build, now: Clock) -> Services:
     metrics = Metrics(CollectorRegistry())
     state = State(settings.redis_url, settings.home, metrics)
+    store = ModelStore(settings.store_root)
+    selection = Selection(store, settings.home, settings.device, settings.runtime)
     nicknames = {"toto": settings.toto, "kronos": settings.kronos}
     return Services(
         settings=settings,
         metrics=metrics,
         state=state,
         history=History(state, metrics),
-        registry=Registry(ModelStore(settings.store_root), build, nicknames, settings.device, metrics),
+        registry=Registry(store, build, nicknames, settings.device, selection, metrics),
         engine=Engine(Batcher(settings.max_queue, settings.max_batch_rows), metrics),
         now=now,
     )
@@ -91,6 +94,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         services.draining = True
         await services.engine.stop()
         await calendar
+        await services.registry.stop()
         await services.state.stop()
 
 

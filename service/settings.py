@@ -20,6 +20,9 @@ class Settings(BaseSettings):
     toto: str = Field("toto-demo", description="The model that a request's `toto` means.")
     kronos: str = Field("kronos-demo", description="The model that a request's `kronos` means.")
     device: str = Field("cpu", description="Torch device that the models run on.")
+    runtime: str | None = Field(
+        None, description="Runtime of every model, such as eager-float32; default: the fastest."
+    )
     threads: PositiveInt | None = Field(None, description="Threads of one forecast; default: torch's own choice.")
     max_queue: PositiveInt = Field(256, description="Requests that may wait for the engine; more answer 503.")
     max_batch_rows: PositiveInt = Field(32, description="Most requests that are computed at once.")

@@ -4,12 +4,13 @@ A shape that was not captured runs uncaptured; `hits` and `misses` count both.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 from models.runtimes.functions import Decoder, Function, Functions, flattened, rebuilt
 
@@ -31,29 +32,33 @@ class _Captured:
         return tuple(output.clone() for output in self.outputs)
 
 
-class CudaGraphs:
-    """`functions` captured: calls made inside `capturing` record a graph, later ones of that shape replay it."""
+class CudaGraphs(Mapping[str, Function]):
+    """`functions` captured: a call made while `capturing` records a graph, later ones of its shapes replay it."""
 
     def __init__(self, decoder: Decoder, functions: Functions) -> None:
         self._decoder = decoder
-        self._plain = functions
+        self._functions = {name: self._wrapped(name, plain) for name, plain in functions.items()}
         self._captured: dict[Key, _Captured] = {}
         self._pool: Any = None
         self.capturing = False
         self.hits: Counter[str] = Counter()
         self.misses: Counter[str] = Counter()
 
-    @property
-    def functions(self) -> Functions:
-        return {name: self._function(name) for name in self._plain}
+    def __getitem__(self, name: str) -> Function:
+        return self._functions[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._functions)
 
     def __len__(self) -> int:
-        """Graphs captured."""
+        return len(self._functions)
+
+    @property
+    def graphs(self) -> int:
+        """How many were captured."""
         return len(self._captured)
 
-    def _function(self, name: str) -> Function:
-        plain = self._plain[name]
-
+    def _wrapped(self, name: str, plain: Function) -> Function:
         def function(*arguments: Any) -> Any:
             tensors = flattened(arguments)
             key = (name, tuple((tensor.shape, tensor.dtype) for tensor in tensors))
@@ -69,8 +74,6 @@ class CudaGraphs:
         return function
 
     def _capture(self, plain: Function, arguments: Sequence[Any]) -> _Captured:
-        from torch.utils import _pytree
-
         leaves, structure = _pytree.tree_flatten(list(arguments))
         inputs = tuple(tensor.clone() for tensor in leaves)
         static = _pytree.tree_unflatten(list(inputs), structure)

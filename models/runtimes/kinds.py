@@ -8,6 +8,7 @@ from typing import Final
 import torch
 
 from models.runtimes import compiled, onnx
+from models.runtimes.cuda_graph import CudaGraphs
 from models.runtimes.functions import Decoder, Functions, functions_of
 
 Files = Mapping[str, bytes]
@@ -21,7 +22,7 @@ class Kind:
 
     runtime: str
     dtype: str
-    native: bool  # its files are code of the machine that made them
+    native: bool = False  # its files are code of the machine that made them
 
     @property
     def label(self) -> str:
@@ -29,7 +30,7 @@ class Kind:
 
     def build(self, decoder: Decoder) -> dict[str, bytes]:
         """The files of the artefact, by name; minutes, for a compiled one."""
-        if self.runtime == "eager":
+        if self.runtime in ("eager", "cuda_graph"):
             return {}
         served = self._served(decoder)
         return {self._file(name): self._built(served, name) for name in decoder.functions}
@@ -39,6 +40,8 @@ class Kind:
         served = self._served(decoder)
         if self.runtime == "eager":
             return functions_of(served)
+        if self.runtime == "cuda_graph":
+            return CudaGraphs(served, functions_of(served))
         parts = {name: files[self._file(name)] for name in decoder.functions}
         if self.runtime == "compiled":
             return compiled.load_functions(served, parts)
@@ -59,12 +62,14 @@ class Kind:
 KINDS: Final = {
     kind.label: kind
     for kind in (
-        Kind("eager", "float32", native=False),
-        Kind("eager", "bfloat16", native=False),
+        Kind("eager", "float32"),
+        Kind("eager", "bfloat16"),
         Kind("compiled", "float32", native=True),
         Kind("compiled", "bfloat16", native=True),
-        Kind("onnx", "float32", native=False),
-        Kind("onnx", "int8", native=False),
+        Kind("onnx", "float32"),
+        Kind("onnx", "int8"),
+        Kind("cuda_graph", "float32"),
+        Kind("cuda_graph", "bfloat16"),
     )
 }
 

@@ -243,6 +243,17 @@ class EvaluationAnswer(_Answer):
     metrics: dict[str, dict[str, float | None]]
 
 
+class RuntimeAnswer(_Answer):
+    """Which runtime answers for a version on this machine, and why."""
+
+    name: str
+    dtype: str
+    settled: bool = Field(description="False while the eager runtime answers until the choice is ready.")
+    forced: bool = Field(description="By CANDLECAST_RUNTIME; otherwise the fastest whose parity passed.")
+    times_ms: dict[str, tuple[float, float]] = Field(description="Milliseconds of a batch of 1 and of 8 requests.")
+    batch_invariant: bool | None = Field(description="Whether a forecast has the same bits alone and in a batch.")
+
+
 class ModelAnswer(_Answer):
     """One version of the store."""
 
@@ -252,6 +263,7 @@ class ModelAnswer(_Answer):
     aliases: list[str]
     asked_for_as: list[str] = Field(description="References that mean this version.")
     loaded: bool
+    runtime: RuntimeAnswer | None = Field(description="Null until the version is loaded.")
     limits: LimitsAnswer
     licence: str | None
     created_at: str

@@ -11,6 +11,7 @@ from typing import Any
 from model_store.manifest import Manifest
 from model_store.store import ModelStore
 from models.forecaster import Forecaster
+from service.engine.selection import Choice, Selection
 from service.metrics import Metrics
 
 _log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class LoadedModel:
     runtime: str = "eager"
     dtype: str = "float32"
     settled: bool = True  # False while it answers in place of the runtime chosen for this machine
+    choice: Choice | None = None
 
     @property
     def name(self) -> str:
@@ -49,10 +51,19 @@ class Registry:
     """The versions of a store, by reference. `nicknames` maps the words of the API to names in the store."""
 
     def __init__(
-        self, store: ModelStore, build: Build, nicknames: Mapping[str, str], device: str, metrics: Metrics
+        self,
+        store: ModelStore,
+        build: Build,
+        nicknames: Mapping[str, str],
+        device: str,
+        selection: Selection,
+        metrics: Metrics,
     ) -> None:
         self.store = store
         self.nicknames = nicknames
+        self._selection = selection
+        self._settled: dict[str, LoadedModel] = {}
+        self._settling: set[asyncio.Task[None]] = set()
         self._build = build
         self._device = device
         self._metrics = metrics
@@ -63,20 +74,21 @@ class Registry:
     async def get(self, reference: str) -> LoadedModel:
         """The version that `name`, `name@version` or `name@alias` means now, loaded if it is not yet.
 
-        Raises VersionNotFound or ModelUnavailable; requests for one version share one load, which
-        goes on when a request is cancelled.
+        It runs eagerly until the runtime chosen for this machine is ready. Raises VersionNotFound or
+        ModelUnavailable; requests for one version share one load, which goes on when a request is cancelled.
         """
         exact = await self._resolve(reference)
         load = self._loads.get(exact)
         if load is None:
             load = asyncio.create_task(self._load(exact), name=f"load {exact}")
             self._loads[exact] = load
-        return await asyncio.shield(load)
+        eager = await asyncio.shield(load)
+        return self._settled.get(exact, eager)
 
     def loaded(self) -> dict[str, LoadedModel]:
         """`name@version` to the versions in memory."""
         return {
-            exact: load.result()
+            exact: self._settled.get(exact, load.result())
             for exact, load in self._loads.items()
             if load.done() and not load.cancelled() and load.exception() is None
         }
@@ -118,6 +130,9 @@ class Registry:
             del self._loads[exact]  # the next request tries again
             _log.exception("%s cannot be loaded", exact)
             raise ModelUnavailable(f"{exact} cannot be loaded") from error
+        settling = asyncio.create_task(self._settle(exact, model), name=f"settle {exact}")
+        self._settling.add(settling)
+        settling.add_done_callback(self._settling.discard)
         self._metrics.expect_model(name)
         self._metrics.model_ready.labels(name).set(1)
         self._metrics.model_load_seconds.labels(name).set(time.monotonic() - started)
@@ -126,4 +141,19 @@ class Registry:
     def _read(self, exact: str) -> LoadedModel:
         found = self.store.load(exact)
         forecaster = self._build(found.manifest.family, found.config, found.weights, self._device)
-        return LoadedModel(found.manifest, forecaster)
+        return LoadedModel(found.manifest, forecaster, settled=not self._selection.is_open(found.manifest))
+
+    async def _settle(self, exact: str, eager: LoadedModel) -> None:
+        """Put the runtime chosen for this machine in the place of the eager one."""
+        try:
+            choice, forecaster = await asyncio.to_thread(self._selection.settle, eager.manifest, eager.forecaster)
+        except Exception:  # noqa: BLE001 - the eager model goes on answering, labelled as such
+            _log.exception("%s goes on without a choice of runtime", exact)
+            return
+        self._settled[exact] = LoadedModel(
+            eager.manifest, forecaster, runtime=choice.runtime, dtype=choice.dtype, choice=choice
+        )
+
+    async def stop(self) -> None:
+        """Wait for what is being settled: its thread cannot be interrupted."""
+        await asyncio.gather(*self._settling)

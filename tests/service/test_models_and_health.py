@@ -13,6 +13,7 @@ from model_store.store import ModelStore
 from models.naive import NaiveForecaster
 from service.app import create_admin_app
 from service.engine.registry import Registry
+from service.engine.selection import Selection
 from service.metrics import Metrics
 
 pytestmark = pytest.mark.anyio
@@ -80,7 +81,8 @@ class Watched(ModelStore):
 
 
 def registry_of(store: ModelStore) -> Registry:
-    return Registry(store, lambda *_: NaiveForecaster(), {}, "cpu", Metrics(CollectorRegistry()))
+    selection = Selection(store, store.root.parent / "home", "cpu", None)
+    return Registry(store, lambda *_: NaiveForecaster(), {}, "cpu", selection, Metrics(CollectorRegistry()))
 
 
 async def test_an_alias_that_moves_while_it_is_read_is_read_again(store: ModelStore, put_naive: Any) -> None:

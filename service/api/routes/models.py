@@ -9,8 +9,8 @@ from fastapi import APIRouter
 from model_store.files import VerificationFailed
 from model_store.manifest import Evaluation, Manifest
 from model_store.store import PRODUCTION
-from service.api.schemas import EvaluationAnswer, LimitsAnswer, ModelAnswer, ModelsAnswer
-from service.engine.registry import Registry
+from service.api.schemas import EvaluationAnswer, LimitsAnswer, ModelAnswer, ModelsAnswer, RuntimeAnswer
+from service.engine.registry import LoadedModel, Registry
 from service.services import Parts
 
 router = APIRouter()
@@ -19,11 +19,11 @@ router = APIRouter()
 @router.get("/models", response_model=ModelsAnswer, summary="Models that can be asked for")
 async def get_models(parts: Parts) -> Any:
     """Every version in the store, with its aliases, limits and scores, and the names of those that are broken."""
-    loaded = set(parts.registry.loaded())
+    loaded = parts.registry.loaded()
     return await asyncio.to_thread(_describe_all, parts.registry, loaded)
 
 
-def _describe_all(registry: Registry, loaded: set[str]) -> ModelsAnswer:
+def _describe_all(registry: Registry, loaded: Mapping[str, LoadedModel]) -> ModelsAnswer:
     """What can be read; one broken version or table of aliases hides nothing else."""
     store, found, broken = registry.store, [], []
     for name in store.models():
@@ -36,13 +36,15 @@ def _describe_all(registry: Registry, loaded: set[str]) -> ModelsAnswer:
             exact = f"{name}@{version}"
             pointing = sorted(alias for alias, target in aliases.items() if target == version)
             try:
-                found.append(_describe(store.manifest(exact), pointing, registry.nicknames, exact in loaded))
+                found.append(_describe(store.manifest(exact), pointing, registry.nicknames, loaded.get(exact)))
             except VerificationFailed as error:
                 broken.append(registry.note_broken(exact, error))
     return ModelsAnswer(models=found, broken=broken)
 
 
-def _describe(manifest: Manifest, aliases: list[str], nicknames: Mapping[str, str], loaded: bool) -> ModelAnswer:
+def _describe(
+    manifest: Manifest, aliases: list[str], nicknames: Mapping[str, str], loaded: LoadedModel | None
+) -> ModelAnswer:
     name = manifest.model
     asked_for_as = [f"{name}@{target}" for target in (manifest.version, *aliases)]
     if PRODUCTION in aliases:
@@ -53,11 +55,24 @@ def _describe(manifest: Manifest, aliases: list[str], nicknames: Mapping[str, st
         family=manifest.family,
         aliases=aliases,
         asked_for_as=asked_for_as,
-        loaded=loaded,
+        loaded=loaded is not None,
+        runtime=_runtime(loaded) if loaded else None,
         limits=LimitsAnswer(**manifest.limits.model_dump()),
         licence=manifest.origin.licence,
         created_at=manifest.created_at,
         evaluations=[_scores(evaluation) for evaluation in manifest.evaluations],
+    )
+
+
+def _runtime(model: LoadedModel) -> RuntimeAnswer:
+    choice = model.choice
+    return RuntimeAnswer(
+        name=model.runtime,
+        dtype=model.dtype,
+        settled=model.settled,
+        forced=choice.forced if choice else False,
+        times_ms=choice.times_ms if choice else {},
+        batch_invariant=choice.batch_invariant if choice else None,
     )
 
 

@@ -1,0 +1,52 @@
+"""Requests that need no market: for timing runtimes, warming buckets, and testing that a batch changes no bits."""
+
+from typing import Any
+
+import numpy as np
+
+from models.candles import Floats, with_amount
+from models.forecaster import DEFAULT_HORIZON, DEFAULT_LOOKBACK, Forecast, Forecaster, ForecastInput, forecast
+
+_HOUR_MS = 3_600_000
+_START_MS = 1_704_067_200_000  # 2024-01-01 00:00 UTC
+
+
+def probe(forecaster: Forecaster, seed: int, **settings: Any) -> ForecastInput:
+    """The request of a caller who asks for nothing special, over a random walk; `settings` are ForecastInput's."""
+    limits, family = forecaster.limits, forecaster.family
+    horizon = min(DEFAULT_HORIZON[family], limits.max_horizon)
+    room = limits.max_context if limits.max_total is None else min(limits.max_context, limits.max_total - horizon)
+    context = min(DEFAULT_LOOKBACK.get(family, limits.max_context), room)
+    times = _START_MS + _HOUR_MS * np.arange(context + horizon, dtype=np.int64)
+    return ForecastInput(
+        timestamps=times[:context],
+        candles=_walk(context, seed),
+        future_timestamps=times[context:],
+        local_times=times,
+        seed=seed,
+        **settings,
+    )
+
+
+def is_batch_invariant(forecaster: Forecaster, company: int = 4) -> bool:
+    """Whether a forecast has the same bits alone as among `company` others, in every place of the batch."""
+    items = [probe(forecaster, seed) for seed in range(company + 1)]
+    company = min(company, forecaster.max_rows(items[0]) - 1)
+    items = items[: company + 1]
+    together = forecast(forecaster, items)
+    alone = [forecast(forecaster, [item])[0] for item in items]
+    return all(_same_bits(one, other) for one, other in zip(alone, together, strict=True))
+
+
+def _same_bits(one: Forecast, other: Forecast) -> bool:
+    pairs = [(one.point, other.point), (one.prob_up, other.prob_up)]
+    pairs += [(one.quantiles[name], other.quantiles[name]) for name in one.quantiles]
+    return all(np.array_equal(a, b) for a, b in pairs)
+
+
+def _walk(length: int, seed: int) -> Floats:
+    rng = np.random.default_rng(seed)
+    close = 100 * np.exp(np.cumsum(rng.normal(0, 0.01, length)))
+    opened = np.concatenate([[100.0], close[:-1]])
+    high, low = np.maximum(opened, close) * 1.002, np.minimum(opened, close) * 0.998
+    return with_amount(np.column_stack([opened, high, low, close, rng.lognormal(10, 0.5, length)]))

@@ -1,0 +1,161 @@
+"""One runtime of a stored version: built, compared with float32 run eagerly, and stored only if it agrees."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Final
+
+import numpy as np
+import torch
+
+from model_store.artefacts import find_artefacts, put_artefact
+from model_store.manifest import Artefact, Parity
+from model_store.store import ModelStore
+from models.candles import CLOSE, Floats
+from models.families import build_forecaster
+from models.forecaster import DEFAULT_HORIZON, DEFAULT_LOOKBACK, Forecaster, ForecastInput, forecast, served_sampling
+from models.runtimes.functions import Executable
+from models.runtimes.kinds import FP32_EAGER, Kind, platform_name
+from models.runtimes.parity import FunctionParity, compare, record
+from models.uniforms import derive_seed
+from training.candle_files import Series
+from training.windows import forecast_input, series_calendar
+
+LEVELS: Final = (0.1, 0.5, 0.9)
+_RECENT: Final = 0.4  # calibration windows end in this newest share of each series
+_RECORDED: Final = 3  # requests whose calls are compared one by one
+_BATCH_ROWS: Final = 16
+# float32 runtimes differ by the order of their sums alone. Tokens differ where a uniform lies within such an error
+# of a boundary. Reduced precision is judged by what it does to forecasts.
+BUDGETS: Final = {
+    "float32": {"functions": 1e-5, "unequal_tokens": 1e-3},
+    "bfloat16": {"mae_change": 0.01, "quantile_shift": 0.05},
+    "int8": {"mae_change": 0.01, "quantile_shift": 0.05},
+}
+
+
+class ExportRefused(RuntimeError):
+    """The runtime does not agree with float32 run eagerly; nothing was stored."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Real requests, and the log-returns since their last close that followed, `[N, H]`."""
+
+    inputs: Sequence[ForecastInput]
+    actual: Floats
+
+
+def calibration(
+    forecaster: Forecaster, serving: dict[str, object], series: Sequence[Series], count: int
+) -> Calibration:
+    """About `count` requests with the version's own defaults, spread evenly over the newest candles of `series`.
+
+    ValueError if no series is long enough.
+    """
+    family, limits = forecaster.family, forecaster.limits
+    horizon = min(DEFAULT_HORIZON[family], limits.max_horizon)
+    lookback = min(DEFAULT_LOOKBACK.get(family, limits.max_context), limits.max_context)
+    sampling = served_sampling(serving)
+    inputs, actual = [], []
+    for item in series:
+        last = len(item) - horizon - 1
+        first = max(int(len(item) * (1 - _RECENT)), min(lookback, len(item) // 2))
+        if last < first or first + 1 < limits.min_context:
+            continue
+        calendar = series_calendar(item)
+        for origin in np.unique(np.linspace(first, last, max(1, count // len(series))).astype(int)).tolist():
+            plain = forecast_input(item, origin, horizon=horizon, lookback=lookback, calendar=calendar)
+            seed = derive_seed(item.symbol, item.interval, int(item.timestamps[origin]))
+            inputs.append(replace(plain, levels=LEVELS, sampling=sampling, seed=seed))
+            actual.append(np.log(item.candles[origin + 1 : origin + 1 + horizon, CLOSE] / plain.last_close))
+    if not inputs:
+        raise ValueError(f"no series has {horizon} candles after a context to calibrate with")
+    return Calibration(inputs, np.stack(actual))
+
+
+def export(
+    store: ModelStore, reference: str, kind: Kind, series: Sequence[Series], *, key: bytes, device: str, windows: int
+) -> Artefact:
+    """Build `kind` of a version, judge it, store it; one that is there already is returned as it is.
+
+    ExportRefused says which number missed which budget.
+    """
+    if kind.label == FP32_EAGER or kind.runtime == "cuda_graph":
+        raise ValueError(f"{kind.label} needs no export: it runs what the version and its artefacts have")
+    place = platform_name(torch.device(device))
+    known = find_artefacts(store, reference, platform=place, torch_version=torch.__version__)
+    if kind.label in known:
+        return known[kind.label]
+    version = store.load(reference)
+    forecaster = build_forecaster(version.manifest.family, version.config, version.weights, device)
+    if not isinstance(forecaster, Executable):
+        raise ValueError(f"{reference} has no network to export")
+    started = time.monotonic()
+    files = kind.build(forecaster.decoder)
+    built = time.monotonic() - started
+    functions = kind.load(forecaster.decoder, files, torch.get_num_threads())
+    asked = calibration(forecaster, version.manifest.serving, series, windows)
+    alike = [item for item in asked.inputs if forecaster.bucket(item) == forecaster.bucket(asked.inputs[0])]
+    calls = record(forecaster, alike[:_RECORDED])
+    parity = _judged(kind, compare(calls, functions), forecaster, forecaster.executed_by(functions), asked)
+    artefact = Artefact(
+        model=version.manifest.model,
+        version=version.manifest.version,
+        runtime=kind.runtime,
+        dtype=kind.dtype,
+        platform=place,
+        torch=torch.__version__,
+        files={},
+        parity=parity,
+        build_seconds=round(built, 3),
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    return put_artefact(store, artefact, files, key)
+
+
+def _judged(
+    kind: Kind, functions: FunctionParity, reference: Forecaster, candidate: Forecaster, asked: Calibration
+) -> Parity:
+    budget = BUDGETS[kind.dtype]
+    parity = Parity(functions=functions.errors, equal_tokens=functions.equal_tokens, budget=budget)
+    if kind.dtype == "float32":
+        worst = max(functions.errors.values())
+        _refuse_above(kind, "the largest error of a function", worst, budget["functions"])
+        _refuse_above(kind, "the share of unequal tokens", 1 - functions.equal_tokens, budget["unequal_tokens"])
+        return parity
+    expected, found = (_closes(forecaster, asked.inputs) for forecaster in (reference, candidate))
+    errors = [float(np.abs(values[:, LEVELS.index(0.5)] - asked.actual).mean()) for values in (found, expected)]
+    band = float((expected[:, -1] - expected[:, 0]).mean())
+    shift = {str(level): float(np.abs(found[:, i] - expected[:, i]).mean() / band) for i, level in enumerate(LEVELS)}
+    _refuse_above(kind, "the change of the forecasts' MAE", abs(errors[0] / errors[1] - 1), budget["mae_change"])
+    for level, moved in shift.items():
+        _refuse_above(kind, f"the shift of the {level} quantile", moved, budget["quantile_shift"])
+    return parity.model_copy(
+        update={
+            "windows": len(asked.inputs),
+            "mae_log_return": errors[0],
+            "mae_log_return_float32": errors[1],
+            "quantile_shift": shift,
+        }
+    )
+
+
+def _closes(forecaster: Forecaster, inputs: Sequence[ForecastInput]) -> Floats:
+    """Quantiles `[N, Q, H]` of the close, as log-returns since the last one."""
+    rows: dict[int, Floats] = {}
+    buckets: dict[object, list[int]] = {}
+    for row, item in enumerate(inputs):
+        buckets.setdefault(forecaster.bucket(item), []).append(row)
+    for waiting in buckets.values():
+        for start in range(0, len(waiting), _BATCH_ROWS):
+            batch = waiting[start : start + _BATCH_ROWS]
+            for row, made in zip(batch, forecast(forecaster, [inputs[row] for row in batch]), strict=True):
+                rows[row] = np.log(made.quantiles["close"] / inputs[row].last_close)
+    return np.stack([rows[row] for row in range(len(inputs))])
+
+
+def _refuse_above(kind: Kind, what: str, value: float, limit: float) -> None:
+    if not value <= limit:
+        raise ExportRefused(f"{kind.label}: {what} is {value:.3g}, its budget {limit:g}; nothing was stored")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from models.kronos.network import DEPENDENCY_HEADS, Block, KronosPredictor, Rotary
 from models.kronos.quantizer import pack_bits
-from models.kronos.sampling import Filters, sample
+from models.kronos.sampling import sample
 from models.kronos.tokenizer import KronosTokenizer, code_of
 from models.layers import merge_heads, split_heads, swiglu
 
@@ -43,7 +43,8 @@ class Controls(NamedTuple):
     """Sampling settings per symbol."""
 
     temperature: Tensor  # [B]
-    filters: Filters | None
+    top_k: Tensor  # [B], 0: off
+    top_p: Tensor  # [B], 1: off
 
 
 def branched_attention(
@@ -105,6 +106,8 @@ class FusedBlock(nn.Module):
 class KronosDecoder(nn.Module):
     """Both networks of a Kronos version, ready to serve. `pad` `[B]` counts padding candles on the left."""
 
+    coarse_order: Tensor
+    fine_order: Tensor
     coarse_table: Tensor
     fine_table: Tensor
     query_table: Tensor
@@ -122,7 +125,10 @@ class KronosDecoder(nn.Module):
         self.blocks = _fused(predictor.transformer)
         self.norm, self.time_emb = predictor.norm, predictor.time_emb
         self.dependency_norm, self.dependency_out = predictor.dep_layer.norm, dependency.out_proj
-        self.coarse_head, self.fine_head = predictor.head.proj_s1, predictor.head.proj_s2
+        for name, order in zip(("coarse", "fine"), tokenizer.close_orders(), strict=True):
+            self.register_buffer(f"{name}_order", order.to(predictor.head.proj_s1.weight.device))
+        self.coarse_head = reordered(predictor.head.proj_s1, self.coarse_order)
+        self.fine_head = reordered(predictor.head.proj_s2, self.fine_order)
         with torch.no_grad():
             left, right = embedding.fusion_proj.weight.double().chunk(2, dim=1)
             root = math.sqrt(config.d_model)
@@ -179,7 +185,7 @@ class KronosDecoder(nn.Module):
         `position` `[B]` and `stamps` `[B, 5]` are those of the drawn candle; `uniforms` `[B, S, 2]`.
         """
         empty = torch.where(torch.arange(cache.keys.shape[-2], device=hidden.device) < index, 0.0, -torch.inf)
-        coarse = sample(self.coarse_head(hidden), uniforms[..., 0], *controls)
+        coarse = self.coarse_order[sample(self.coarse_head(hidden), uniforms[..., 0], *controls)]
         asked = split_heads(F.embedding(coarse, self.query_table).unsqueeze(2), DEPENDENCY_HEADS)
         found = branched_attention(
             asked,
@@ -188,7 +194,7 @@ class KronosDecoder(nn.Module):
             (prefix.mask, empty),
         )
         conditioned = self.dependency_norm(hidden + self.dependency_out(merge_heads(found).squeeze(2)))
-        fine = sample(self.fine_head(conditioned), uniforms[..., 1], *controls)
+        fine = self.fine_order[sample(self.fine_head(conditioned), uniforms[..., 1], *controls)]
 
         stamp = self.time_emb(stamps).unsqueeze(1)
         x = (F.embedding(coarse, self.coarse_table) + F.embedding(fine, self.fine_table) + stamp).unsqueeze(2)
@@ -244,6 +250,15 @@ class KronosDecoder(nn.Module):
         return Entries(
             table.new_zeros(own), table.new_zeros(own), table.new_zeros(dependency), table.new_zeros(dependency)
         )
+
+
+def reordered(head: nn.Linear, order: Tensor) -> nn.Linear:
+    """`head` with its outputs in `order`: a distribution function over them rises with the close."""
+    found = nn.Linear(head.in_features, head.out_features, device=head.weight.device)
+    with torch.no_grad():
+        found.weight.copy_(head.weight[order])
+        found.bias.copy_(head.bias[order])
+    return found
 
 
 def _fused(blocks: nn.ModuleList) -> nn.ModuleList:

@@ -27,7 +27,6 @@ from models.forecaster import (
 )
 from models.kronos.decoder import Controls, Entries, KronosDecoder
 from models.kronos.network import KronosPredictor, PredictorConfig
-from models.kronos.sampling import Filters
 from models.kronos.tokenizer import KronosTokenizer, TokenizerConfig
 from models.layers import load_strictly
 from models.quantiles import parse_aggregate, path_quantiles, unreachable_levels
@@ -96,11 +95,12 @@ class KronosForecaster:
         )
 
     def encode(self, item: ForecastInput) -> Row:
-        sampling = item.sampling
+        samples, stratified = item.sampling.samples, item.sampling.stratified
+        uniforms = draw_uniforms(item.seed, samples, item.horizon, 2, stratified=stratified)
         return {
             "candles": normalise(item.candles, item.candles),
             "stamps": calendar_features(item.local_times),
-            "uniforms": np.minimum(draw_uniforms(item.seed, sampling.samples, item.horizon, 2), _LARGEST_UNIFORM),
+            "uniforms": np.minimum(uniforms, _LARGEST_UNIFORM),
         }
 
     def prepare(self, inputs: Sequence[ForecastInput], rows: Sequence[Row] | None = None) -> Batch:
@@ -137,9 +137,7 @@ class KronosForecaster:
         tokens = self.decoder.tokenize(tensors["candles"], pad)
         prefix = self.decoder.prefill(*tokens, tensors["stamps"][:, :context], pad)
         cache = self.decoder.empty_cache(rows, paths, slots)
-        filtered = any(item.sampling.top_k > 0 or item.sampling.top_p < 1 for item in batch.inputs)
-        filters = Filters(tensors["top_k"], tensors["top_p"]) if filtered else None
-        controls = Controls(tensors["temperature"], filters)
+        controls = Controls(tensors["temperature"], tensors["top_k"], tensors["top_p"])
         hidden = prefix.hidden.unsqueeze(1).expand(-1, paths, -1)
         drawn = torch.zeros(2, rows, paths, slots, dtype=torch.int64, device=pad.device)
         for index in range(max(item.horizon for item in batch.inputs)):

@@ -9,7 +9,7 @@ from models.candles import Floats
 from models.uniforms import MAX_SEED, derive_seed, draw_uniforms
 
 GOLDEN_UNIFORMS = ["0x1.be80697053d3fp-1", "0x1.2e744337e3990p-2", "0x1.2f785d5f65428p-2", "0x1.3dba4dd0ab928p-1"]
-GOLDEN_STRATIFIED = []
+GOLDEN_STRATIFIED = ["0x1.be80697053d3fp-3", "0x1.905fe5a3eb0b0p-1", "0x1.b256888327f72p-2", "0x1.f17222e5a5933p-1"]
 GOLDEN_SEED = 4_649_953_335_338_649_531
 GOLDEN_EMPTY_SEED = 7_252_660_547_403_494_068
 

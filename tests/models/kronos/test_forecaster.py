@@ -74,16 +74,16 @@ def test_stratified_paths_have_the_spread_and_less_error_than_independent_ones(k
     assert error[True] < 0.8 * error[False]
 
 
+@torch.inference_mode()
 def test_heads_are_in_the_order_of_the_closes_that_tokens_decode_to(kronos):
     decoder, bits = kronos.decoder, kronos.decoder.tokens.s1_bits
     assert sorted(decoder.coarse_order.tolist()) == sorted(decoder.fine_order.tolist()) == list(range(2**bits))
-    pad, empty = torch.zeros(2**bits, dtype=torch.int64), torch.zeros(2**bits, 0, dtype=torch.int64)
+    pad = torch.zeros(2**bits, dtype=torch.int64)
     for fine in (0, 300, 1023):
-        pairs = decoder.coarse_order[:, None, None], torch.full((2**bits, 1, 1), fine)
-        closes = decoder.detokenize((pairs[0][:, 0], pairs[1][:, 0]), pairs, pad)[1][:, CLOSE]
+        context = decoder.coarse_order[:, None], torch.full((2**bits, 1), fine)
+        closes = decoder.detokenize(context, (context[0][..., None], context[1][..., None]), pad)[1][:, CLOSE]
         ranks = closes.argsort().argsort().double()
         assert np.corrcoef(ranks.numpy(), np.arange(2**bits))[0, 1] > 0.9
-    del empty
 
 
 def test_every_path_is_made_of_valid_candles(kronos, make_request):

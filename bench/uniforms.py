@@ -13,7 +13,6 @@ from typing import Final
 
 import click
 import numpy as np
-import torch
 from rich import box
 from rich.console import Console
 from rich.progress import track
@@ -150,7 +149,6 @@ def table(rows: Sequence[Row]) -> Table:
 @click.option("--seeds", default=8, show_default=True, help="Draws at each origin, both ways.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 def main(root: Path, model: str, data: Path, origins: int, seeds: int, *, as_json: bool) -> None:
-    torch.set_num_threads(1)  # a second thread would mostly wait for the first
     store = ModelStore(root)
     name, forecaster, lookback, sampling = load_forecaster(store, model)
     rows = measure(forecaster, sampling, origins_after_training(store, model, data, origins, lookback), seeds)

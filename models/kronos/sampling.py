@@ -21,11 +21,11 @@ def sample(logits: Tensor, uniforms: Tensor, temperature: Tensor, top_k: Tensor,
     The threshold comes from whole numbers alone, whose sums do not depend on their order, in a fixed number of
     operations: a row has the same bits in any batch, and filters that are off those of no filters.
     """
-    probs = (logits / temperature.view(-1, 1, 1)).softmax(-1)
-    share = probs / probs.amax(-1, keepdim=True)
+    scaled = logits / temperature.view(-1, 1, 1)
+    share = (scaled - scaled.amax(-1, keepdim=True)).exp()  # of the largest probability
     step = (share * _STEPS).floor()
-    probs = torch.where(step >= _threshold(share, step, top_k.view(-1, 1, 1), top_p.view(-1, 1, 1)), probs, 0.0)
-    mass = probs.cumsum(-1)
+    kept = step >= _threshold(share, step, top_k.view(-1, 1, 1), top_p.view(-1, 1, 1))
+    mass = torch.where(kept, share, 0.0).cumsum(-1)
     target = uniforms.unsqueeze(-1) * mass[..., -1:]
     return (mass <= target).sum(-1).clamp_max(logits.shape[-1] - 1)
 
@@ -34,23 +34,27 @@ def _threshold(share: Tensor, step: Tensor, top_k: Tensor, top_p: Tensor) -> Ten
     """The smallest step that is kept, `[B, S, 1]`."""
     tokens = share.shape[-1]
     entries = (share * _UNIT).long() + _ONE
-    overview = _tally(step, entries, _STEPS, _BINS)
+    overview = _tally(((_STEPS - step) / _BINS).ceil(), entries)
     wanted = torch.where(top_k > 0, top_k.clamp_max(tokens), tokens) * _ONE
 
-    edge = _STEPS + _BINS - _BINS * (overview < wanted).sum(-1, keepdim=True)
-    tally = _tally(step, entries, edge, 1)
-    below = (tally < wanted).sum(-1, keepdim=True)
-    by_count = edge - below
+    edge = _edge(overview < wanted)
+    tally = _tally(edge - step, entries)
+    place = (tally < wanted).sum(-1, keepdim=True).clamp_max(_BINS + 1)
+    by_count = edge - place
 
-    enough = (top_p.double() * (tally.gather(-1, below) % _ONE)).long()
-    edge = _STEPS + _BINS - _BINS * (overview % _ONE <= enough).sum(-1, keepdim=True)
-    tally = _tally(step, entries, edge, 1)
-    by_mass = edge - (tally % _ONE <= enough).sum(-1, keepdim=True)
+    enough = (top_p.double() * (tally.gather(-1, place) % _ONE)).long()
+    edge = _edge(overview % _ONE <= enough)
+    by_mass = edge - (_tally(edge - step, entries) % _ONE <= enough).sum(-1, keepdim=True)
     return torch.maximum(by_count, torch.where(top_p < 1, by_mass, 0))
 
 
-def _tally(step: Tensor, entries: Tensor, edge: Tensor | int, width: int) -> Tensor:
-    """Summed `entries` of the tokens at or above `edge`, `edge` - `width`, ... `[B, S, bins + 2]`; the last: of all."""
-    bins = ((edge - step) / width).ceil().clamp(0, _BINS + 1).long()
+def _tally(depth: Tensor, entries: Tensor) -> Tensor:
+    """Summed `entries` of the tokens no deeper than 0, 1, ... bins, and of all: `[B, S, bins + 2]`."""
+    bins = depth.long().clamp(0, _BINS + 1)  # in this order a logit that is no number still has a bin
     empty = entries.new_zeros(*entries.shape[:-1], _BINS + 2)
     return empty.scatter_add(-1, bins, entries).cumsum(-1)
+
+
+def _edge(short: Tensor) -> Tensor:
+    """The step above the bin of the overview that is the first not to fall `short`."""
+    return _STEPS + _BINS - _BINS * short.sum(-1, keepdim=True)

@@ -41,7 +41,7 @@ def test_unfiltered_shares_are_the_softmax():
 def test_filters_that_are_off_give_the_bits_of_no_filters(top_k):
     generator = torch.Generator().manual_seed(4)
     logits, uniforms = 4 * torch.randn(8, 64, 256, generator=generator), torch.rand(8, 64, generator=generator)
-    mass = (logits - logits.amax(-1, keepdim=True)).exp().cumsum(-1)
+    mass = logits.softmax(-1).cumsum(-1)
     unfiltered = (mass <= uniforms.unsqueeze(-1) * mass[..., -1:]).sum(-1)
     assert torch.equal(sample(logits, uniforms, torch.ones(8), torch.full((8,), top_k), torch.ones(8)), unfiltered)
 

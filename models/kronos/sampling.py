@@ -21,7 +21,7 @@ def sample(logits: Tensor, uniforms: Tensor, temperature: Tensor, top_k: Tensor,
     The threshold comes from whole numbers alone, whose sums do not depend on their order, in a fixed number of
     operations: a row has the same bits in any batch, and filters that are off those of no filters.
     """
-    probs = (logits / temperature.view(-1, 1, 1)).softmax(-1)  # unlike exp, the same bits wherever a row lies
+    probs = (logits / temperature.view(-1, 1, 1)).softmax(-1)  # the same bits wherever a row lies
     share = probs / probs.amax(-1, keepdim=True)
     step = (share * _STEPS).floor()
     kept = step >= _threshold(share, step, top_k.view(-1, 1, 1), top_p.view(-1, 1, 1))

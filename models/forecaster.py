@@ -31,12 +31,17 @@ class Abandoned(RuntimeError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How paths are drawn. `top_k` 0 and `top_p` 1 switch the filters off; both given, they compose."""
+    """How paths are drawn. `top_k` 0 and `top_p` 1 switch the filters off; both given, they compose.
+
+    `stratified` paths share out each draw's distribution among them (models/uniforms.py): fewer are needed for the
+    same error, but they are not independent of each other.
+    """
 
     samples: int = 32
     temperature: float = 1.0
     top_p: float = 0.9
     top_k: int = 0
+    stratified: bool = True
 
 
 @dataclass(frozen=True)

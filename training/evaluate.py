@@ -68,11 +68,13 @@ def evaluate(
 ) -> Scores:
     """Forecast every origin, in batches of one bucket, and score the close; `progress` hears of finished origins.
 
-    The seed of a forecast is a function of symbol, interval and origin alone. ValueError without origins.
+    The seed of a forecast is a function of symbol, interval and origin alone. Paths are drawn independently of each
+    other, as the fair CRPS assumes, whatever `sampling` says. ValueError without origins.
     """
     facts = outcomes(series, origins)
     tally = _Tally(facts)
-    inputs = _inputs(series, origins, sampling or Sampling(), lookback, calendar)
+    independent = replace(sampling or Sampling(), stratified=False)
+    inputs = _inputs(series, origins, independent, lookback, calendar)
     for rows, batch in _batches(forecaster, inputs, batch_rows):
         for row, result in zip(rows, forecast(forecaster, batch), strict=True):
             tally.add(row, result)

@@ -25,6 +25,8 @@ from training.windows import forecast_input, series_calendar
 LEVELS: Final = (0.1, 0.5, 0.9)
 _RECENT: Final = 0.4  # calibration windows end in this newest share of each series
 _RECORDED: Final = 3  # requests whose calls are compared one by one
+_STEPS: Final = 4
+_PATHS: Final = 4
 _BATCH_ROWS: Final = 16
 # float32 runtimes differ by the order of their sums alone. Tokens differ where a uniform lies within such an error
 # of a boundary. Reduced precision is judged by what it does to forecasts.
@@ -98,8 +100,14 @@ def export(
     functions = kind.load(forecaster.decoder, files, torch.get_num_threads())
     asked = calibration(forecaster, version.manifest.serving, series, windows)
     alike = [item for item in asked.inputs if forecaster.bucket(item) == forecaster.bucket(asked.inputs[0])]
-    calls = record(forecaster, alike[:_RECORDED])
-    parity = _judged(kind, compare(calls, functions), forecaster, forecaster.executed_by(functions), asked)
+    calls = record(forecaster, [_shortened(item) for item in alike[:_RECORDED]])
+    parity = _judged(
+        kind,
+        compare(calls, functions, kind.served(forecaster.decoder).examples(0)),
+        forecaster,
+        forecaster.executed_by(functions),
+        asked,
+    )
     artefact = Artefact(
         model=version.manifest.model,
         version=version.manifest.version,
@@ -113,6 +121,17 @@ def export(
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     return put_artefact(store, artefact, files, key)
+
+
+def _shortened(item: ForecastInput) -> ForecastInput:
+    """A few paths and steps of a request: enough to compare functions by."""
+    known = len(item.timestamps)
+    return replace(
+        item,
+        future_timestamps=item.future_timestamps[:_STEPS],
+        local_times=item.local_times[: known + _STEPS],
+        sampling=replace(item.sampling, samples=_PATHS),
+    )
 
 
 def _judged(

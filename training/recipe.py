@@ -46,6 +46,7 @@ class ServingTable(_Strict):
     temperature: float | None = Field(None, gt=0)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0)
+    stratified: bool | None = None
     lookback: int | None = Field(None, gt=0)
     horizon: int | None = Field(None, gt=0)
     aggregate: str | None = None

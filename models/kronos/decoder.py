@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from models.kronos.network import DEPENDENCY_HEADS, TIME_FIELDS, Block, KronosPredictor, Rotary
 from models.kronos.quantizer import pack_bits
-from models.kronos.sampling import Filters, sample
+from models.kronos.sampling import sample
 from models.kronos.tokenizer import KronosTokenizer, code_of
 from models.layers import merge_heads, split_heads, swiglu
 
@@ -172,6 +172,8 @@ class KronosDecoder(nn.Module):
 
     functions: tuple[str, ...] = ("tokenize", "prefill", "step", "detokenize")
 
+    coarse_order: Tensor
+    fine_order: Tensor
     coarse_table: Tensor
     fine_table: Tensor
     query_table: Tensor
@@ -189,7 +191,10 @@ class KronosDecoder(nn.Module):
         self.blocks = _fused(predictor.transformer)
         self.norm, self.time_emb = predictor.norm, predictor.time_emb
         self.dependency_norm, self.dependency_out = predictor.dep_layer.norm, dependency.out_proj
-        self.coarse_head, self.fine_head = predictor.head.proj_s1, predictor.head.proj_s2
+        for name, order in zip(("coarse", "fine"), tokenizer.close_orders(), strict=True):
+            self.register_buffer(f"{name}_order", order.to(predictor.head.proj_s1.weight.device))
+        self.coarse_head = reordered(predictor.head.proj_s1, self.coarse_order)
+        self.fine_head = reordered(predictor.head.proj_s2, self.fine_order)
         with torch.no_grad():
             left, right = embedding.fusion_proj.weight.double().chunk(2, dim=1)
             root = math.sqrt(config.d_model)
@@ -297,7 +302,7 @@ class KronosDecoder(nn.Module):
         """
         empty = torch.where(torch.arange(cache.keys.shape[-2], device=hidden.device) < index, 0.0, -torch.inf)
         coarse_logits = self.coarse_head(hidden.to(self.dependency.dtype)).float()
-        coarse = sample(coarse_logits, uniforms[..., 0], controls.temperature, _filters(controls))
+        coarse = self.coarse_order[sample(coarse_logits, uniforms[..., 0], *controls)]
         asked = split_heads(F.embedding(coarse, self.query_table).unsqueeze(2), DEPENDENCY_HEADS)
         found = branched_attention(
             asked,
@@ -306,7 +311,7 @@ class KronosDecoder(nn.Module):
         )
         conditioned = self.dependency_norm(hidden + self.dependency_out(merge_heads(found).squeeze(2)))
         fine_logits = self.fine_head(conditioned.to(self.dependency.dtype)).float()
-        fine = sample(fine_logits, uniforms[..., 1], controls.temperature, _filters(controls))
+        fine = self.fine_order[sample(fine_logits, uniforms[..., 1], *controls)]
 
         x = self._embed(Tokens(coarse, fine), self.time_emb(stamps).unsqueeze(1)).unsqueeze(2)
         rotary = _path_rotary(position.unsqueeze(-1), self.width // self.heads)
@@ -355,6 +360,15 @@ class KronosDecoder(nn.Module):
         return split_heads(k, DEPENDENCY_HEADS), split_heads(v, DEPENDENCY_HEADS)
 
 
+def reordered(head: nn.Linear, order: Tensor) -> nn.Linear:
+    """`head` with its outputs in `order`: a distribution function over them rises with the close."""
+    found = nn.Linear(head.in_features, head.out_features, device=head.weight.device)
+    with torch.no_grad():
+        found.weight.copy_(head.weight[order])
+        found.bias.copy_(head.bias[order])
+    return found
+
+
 def _fused(blocks: nn.ModuleList) -> nn.ModuleList:
     return nn.ModuleList(FusedBlock(cast(Block, block)) for block in blocks)
 
@@ -380,10 +394,6 @@ def _padding(length: int, pad: Tensor) -> Tensor:
     """`[B, 1, 1, T]` to add to scores: -inf where a candle is padding."""
     order = torch.arange(length, device=pad.device)
     return torch.where(order >= pad.unsqueeze(-1), 0.0, -torch.inf)[:, None, None]
-
-
-def _filters(controls: Controls) -> Filters:
-    return Filters(controls.top_k, controls.top_p)
 
 
 def _path_rotary(positions: Tensor, width: int) -> Rotary:

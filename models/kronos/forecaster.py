@@ -104,11 +104,12 @@ class KronosForecaster:
         )
 
     def encode(self, item: ForecastInput) -> Row:
-        sampling = item.sampling
+        samples, stratified = item.sampling.samples, item.sampling.stratified
+        uniforms = draw_uniforms(item.seed, samples, item.horizon, 2, stratified=stratified)
         return {
             "candles": normalise(item.candles, item.candles),
             "stamps": calendar_features(item.local_times),
-            "uniforms": np.minimum(draw_uniforms(item.seed, sampling.samples, item.horizon, 2), _LARGEST_UNIFORM),
+            "uniforms": np.minimum(uniforms, _LARGEST_UNIFORM),
         }
 
     def prepare(self, inputs: Sequence[ForecastInput], rows: Sequence[Row] | None = None) -> Batch:

@@ -1,12 +1,15 @@
 """Kronos' tokenizer as it is trained: candles to token pairs and back."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.candles import CLOSE
 from models.kronos.network import Block, known_keys
 from models.kronos.quantizer import pack_bits, quantize, unpack_bits
 
@@ -78,6 +81,23 @@ class KronosTokenizer(nn.Module):
         code = quantize(z)
         from_coarse = self._decode(self.post_quant_embed_pre(code[..., : self.config.s1_bits]))
         return from_coarse, self._decode(self.post_quant_embed(code)), z
+
+    @torch.no_grad()
+    def close_orders(self) -> tuple[Tensor, Tensor]:
+        """All coarse tokens `[2^s1]` and all fine tokens `[2^s2]`, by the close that each decodes to, rising.
+
+        A token is decoded alone, as a sequence of one, with the mean code of the other half: its components are
+        +-1, so the mean over all tokens is zero. In double precision on the CPU, or neighbours whose closes agree
+        in float32 would change places between machines.
+        """
+        exact = copy.deepcopy(self).cpu().double()
+        width, scale = self.config.s1_bits, (self.config.s1_bits + self.config.s2_bits) ** -0.5
+        orders = []
+        for bits, sides in ((width, (0, self.config.s2_bits)), (self.config.s2_bits, (width, 0))):
+            code = F.pad(unpack_bits(torch.arange(2**bits), bits).double() * scale, sides)
+            closes = exact._decode(exact.post_quant_embed(code).unsqueeze(1))[:, 0, CLOSE]
+            orders.append(closes.argsort(stable=True))
+        return orders[0], orders[1]
 
     def _decode(self, z: Tensor) -> Tensor:
         for block in self.decoder:

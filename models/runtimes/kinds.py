@@ -32,12 +32,12 @@ class Kind:
         """The files of the artefact, by name; minutes, for a compiled one."""
         if self.runtime in ("eager", "cuda_graph"):
             return {}
-        served = self._served(decoder)
+        served = self.served(decoder)
         return {self._file(name): self._built(served, name) for name in decoder.functions}
 
     def load(self, decoder: Decoder, files: Files, threads: int) -> Functions:
         """The functions, on the device where `decoder` lies."""
-        served = self._served(decoder)
+        served = self.served(decoder)
         if self.runtime == "eager":
             return functions_of(served)
         if self.runtime == "cuda_graph":
@@ -47,7 +47,8 @@ class Kind:
             return compiled.load_functions(served, parts)
         return onnx.load_functions(served, parts, decoder.device, threads)
 
-    def _served(self, decoder: Decoder) -> Decoder:
+    def served(self, decoder: Decoder) -> Decoder:
+        """What is executed: `decoder`, or a copy of it in reduced precision."""
         return decoder if self.dtype in ("float32", "int8") else decoder.reduced(DTYPES[self.dtype])
 
     def _built(self, decoder: Decoder, name: str) -> bytes:

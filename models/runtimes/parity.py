@@ -1,7 +1,7 @@
 """How far a runtime is from the eager float32 functions, function by function, on the same inputs."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from torch.utils import _pytree
 
 from models.forecaster import Forecaster, ForecastInput
-from models.runtimes.functions import Executable, Functions, flattened
+from models.runtimes.functions import Executable, Functions
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Call:
 class FunctionParity:
     """`errors`: of each function, the largest difference of a result over that result's largest magnitude.
 
-    `equal_tokens`: the share of integer results that agree.
+    `equal_tokens`: the share of integer results that agree. What follows another token is another number: a call
+    that drew one is not part of `errors`.
     """
 
     errors: dict[str, float]
@@ -52,18 +53,30 @@ def record(forecaster: Forecaster, inputs: Sequence[ForecastInput]) -> list[Call
 
 
 @torch.inference_mode()
-def compare(calls: Sequence[Call], functions: Functions) -> FunctionParity:
-    """Repeat `calls` with `functions`: every one starts from the same numbers, so errors do not add up."""
+def compare(calls: Sequence[Call], functions: Functions, examples: Mapping[str, Sequence[Any]]) -> FunctionParity:
+    """Repeat `calls` with `functions`: every one starts from the same numbers, so errors do not add up.
+
+    `examples` are arguments of the functions, whose dtypes those of the calls are cast to.
+    """
     errors: dict[str, float] = defaultdict(float)
-    equal, integers = 0, 0
+    equal, drawn = 0, 0
     for call in calls:
-        for expected, found in zip(call.result, flattened(functions[call.name](*call.arguments)), strict=True):
-            if not expected.is_floating_point():
-                equal, integers = equal + int((expected == found).sum()), integers + expected.numel()
-                continue
-            finite = torch.isfinite(expected)
-            difference = (found.double() - expected.double())[finite].abs().max()
-            size = expected[finite].double().abs().max().clamp_min(1e-12)
-            error = float(difference / size) if torch.equal(finite, torch.isfinite(found)) else float("inf")
-            errors[call.name] = max(errors[call.name], error)
-    return FunctionParity(dict(errors), equal / integers if integers else 1.0)
+        arguments = _pytree.tree_map(lambda a, like: a.to(like.dtype), list(call.arguments), list(examples[call.name]))
+        pairs = list(zip(call.result, functions[call.name](*arguments), strict=True))
+        tokens = [(a, b) for a, b in pairs if not a.is_floating_point()]
+        agreed = sum(int((a == b).sum()) for a, b in tokens)
+        asked = sum(a.numel() for a, _ in tokens)
+        equal, drawn = equal + agreed, drawn + asked
+        if agreed == asked:
+            found = max((_error(a, b) for a, b in pairs if a.is_floating_point()), default=0.0)
+            errors[call.name] = max(errors[call.name], found)
+    return FunctionParity(dict(errors), equal / drawn if drawn else 1.0)
+
+
+def _error(expected: torch.Tensor, found: torch.Tensor) -> float:
+    """Largest difference over largest magnitude; infinite where one is finite and the other is not."""
+    finite = torch.isfinite(expected)
+    if not torch.equal(finite, torch.isfinite(found)):
+        return float("inf")
+    expected, found = expected[finite].double(), found[finite].double()
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))

@@ -72,7 +72,7 @@ def walk(length: int, seed: int) -> Floats:
 def request(length: int, horizon: int, seed: int, **settings: Any) -> ForecastInput:
     """A forecast request over `walk(length, seed)`, hourly; `settings` are Sampling's and ForecastInput's."""
     times = START_MS + HOUR_MS * np.arange(length + horizon, dtype=np.int64)
-    sampling = {key: settings.pop(key) for key in ("samples", "temperature", "top_p", "top_k") if key in settings}
+    sampling = {key: settings.pop(key) for key in Sampling.__dataclass_fields__ if key in settings}
     return ForecastInput(
         timestamps=times[:length],
         candles=walk(length, seed),

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from models.candles import TooFewCandles, check_candles, with_amount
+from models.candles import CLOSE, TooFewCandles, check_candles, with_amount
 from models.forecaster import Abandoned, ModelError, forecast
+from models.kronos.decoder import Tokens
 from models.kronos.forecaster import KronosForecaster, normalise
 from models.kronos.network import KronosPredictor, PredictorConfig
 from models.kronos.tokenizer import KronosTokenizer, TokenizerConfig
@@ -55,10 +56,35 @@ def test_padding_candles_change_nothing(kronos, make_request):
     np.testing.assert_allclose(padded.paths, alone.paths, rtol=1e-5)
 
 
-def test_more_paths_begin_with_the_same_paths(kronos, make_request):
-    few = forecast(kronos, [make_request(64, 8, seed=9, samples=4, with_paths=True)])[0].paths
-    many = forecast(kronos, [make_request(64, 8, seed=9, samples=16, with_paths=True)])[0].paths
+def test_more_independent_paths_begin_with_the_same_paths(kronos, make_request):
+    settings = {"stratified": False, "with_paths": True}
+    few = forecast(kronos, [make_request(64, 8, seed=9, samples=4, **settings)])[0].paths
+    many = forecast(kronos, [make_request(64, 8, seed=9, samples=16, **settings)])[0].paths
     np.testing.assert_allclose(many[:4], few, rtol=1e-5)
+
+
+def test_stratified_paths_have_the_spread_and_less_error_than_independent_ones(kronos, make_request):
+    def closes(seed, **settings):
+        item = replace(make_request(64, 4, seed=9, samples=16, top_p=1.0, with_paths=True, **settings), seed=seed)
+        return np.log(forecast(kronos, [item])[0].paths[:, :, CLOSE])
+
+    found = {on: np.array([closes(seed, stratified=on) for seed in range(24)]) for on in (True, False)}
+    spread = {on: values.reshape(-1, 4).std(axis=0) for on, values in found.items()}
+    np.testing.assert_allclose(spread[True], spread[False], rtol=0.2)  # 384 paths each: a standard error of 5 %
+    error = {on: values.mean(axis=1).std(axis=0).mean() for on, values in found.items()}
+    assert error[True] < 0.8 * error[False]
+
+
+@torch.inference_mode()
+def test_heads_are_in_the_order_of_the_closes_that_tokens_decode_to(kronos):
+    decoder, bits = kronos.decoder, kronos.decoder.tokens.s1_bits
+    assert sorted(decoder.coarse_order.tolist()) == sorted(decoder.fine_order.tolist()) == list(range(2**bits))
+    pad = torch.zeros(2**bits, dtype=torch.int64)
+    for fine in (0, 300, 1023):
+        context = Tokens(decoder.coarse_order[:, None], torch.full((2**bits, 1), fine))
+        closes = decoder.detokenize(context, Tokens(*(part[..., None] for part in context)), pad).last[:, CLOSE]
+        ranks = closes.argsort().argsort().double()
+        assert np.corrcoef(ranks.numpy(), np.arange(2**bits))[0, 1] > 0.9
 
 
 def test_every_path_is_made_of_valid_candles(kronos, make_request):

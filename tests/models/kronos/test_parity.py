@@ -81,6 +81,7 @@ def test_first_logits_equal_the_reference(pair, make_request):
     stamps = torch.from_numpy(calendar_features(item.local_times[:128]))[None]
     tokens = tokenizer.encode(x, half=True)
     theirs, context = predictor.decode_s1(*tokens, stamps)
+    theirs = theirs[..., ours.decoder.coarse_order]  # ours rise with the decoded close
     prefix = ours.decoder.prefill(Tokens(*tokens), stamps, torch.zeros(1, dtype=torch.int64))
     np.testing.assert_allclose(prefix.hidden.numpy(), context[:, -1].numpy(), rtol=1e-4, atol=1e-5)
     logits = ours.decoder.coarse_head(prefix.hidden)
@@ -103,7 +104,7 @@ def test_sampled_forecast_has_the_reference_distribution(reference_kronos, krono
     config = kronos_config["mini"]
     tokenizer, predictor = reference_kronos(config)
     ours = KronosForecaster.from_weights(config, weights_of(tokenizer, predictor), "cpu")
-    item = make_request(64, 4, seed=31, samples=512, top_p=0.9, with_paths=True)
+    item = make_request(64, 4, seed=31, samples=512, top_p=0.9, stratified=False)  # the error below is theirs
     batch = ours.prepare([item])
     paths = ours.run(batch)["candles"][0, :, :4].double().numpy() * (item.candles.std(0) + 1e-5) + item.candles.mean(0)
     torch.manual_seed(1)

@@ -1,0 +1,1 @@
+"""Benchmarks against the reference implementations and against the hardware's floor."""

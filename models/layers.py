@@ -1,4 +1,4 @@
-"""What both networks share: RMSNorm, rotary embedding, SwiGLU, strict loading of weights."""
+"""What both networks share: RMSNorm, rotary embedding, SwiGLU, attention of paths, strict loading of weights."""
 
 from collections.abc import Mapping
 
@@ -45,6 +45,27 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 def merge_heads(x: Tensor) -> Tensor:
     """`[..., N, T, D / N]` to `[..., T, D]`."""
     return x.transpose(-3, -2).flatten(-2)
+
+
+def branched_attention(
+    q: Tensor, prefix: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], masks: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Attention of paths' queries `[B, S, N, Q, W]` over the prefix they share and their own tokens, together.
+
+    `prefix` keys and values `[B, N, T, W]` are read once for all paths; `own` are `[B, S, N, O, W]`; `masks`
+    are added to the scores: `[B, 1, 1, T]` and something broadcastable to `[B, S, N, Q, O]`.
+    """
+    paths = (q.shape[1], q.shape[3])
+    q = q * q.shape[-1] ** -0.5
+    together = q.transpose(1, 2).flatten(2, 3)  # [B, N, S * Q, W]
+    shared = together @ prefix[0].transpose(-1, -2) + masks[0]  # [B, N, S * Q, T]
+    shared = shared.unflatten(2, paths).transpose(1, 2)  # [B, S, N, Q, T]
+    private = q @ own[0].transpose(-1, -2) + masks[1]
+    weights = torch.cat((shared, private), dim=-1).softmax(-1)
+    on_prefix, on_own = weights.split((shared.shape[-1], private.shape[-1]), dim=-1)
+    from_prefix = on_prefix.transpose(1, 2).flatten(2, 3) @ prefix[1]
+    combined: Tensor = from_prefix.unflatten(2, paths).transpose(1, 2) + on_own @ own[1]
+    return combined
 
 
 def load_strictly(network: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:

@@ -16,7 +16,7 @@ from models.kronos.network import DEPENDENCY_HEADS, Block, KronosPredictor, Rota
 from models.kronos.quantizer import pack_bits
 from models.kronos.sampling import Filters, sample
 from models.kronos.tokenizer import KronosTokenizer, code_of
-from models.layers import merge_heads, split_heads, swiglu
+from models.layers import branched_attention, merge_heads, split_heads, swiglu
 
 
 class Prefix(NamedTuple):
@@ -44,27 +44,6 @@ class Controls(NamedTuple):
 
     temperature: Tensor  # [B]
     filters: Filters | None
-
-
-def branched_attention(
-    q: Tensor, prefix: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], masks: tuple[Tensor, Tensor]
-) -> Tensor:
-    """Attention of paths' queries `[B, S, N, Q, W]` over their symbol's prefix and their own tokens, together.
-
-    `prefix` keys and values `[B, N, T, W]` are read once for all paths; `own` are `[B, S, N, O, W]`; `masks`
-    are added to the scores: `[B, 1, 1, T]` and something broadcastable to `[B, S, N, Q, O]`.
-    """
-    paths = (q.shape[1], q.shape[3])
-    q = q * q.shape[-1] ** -0.5
-    together = q.transpose(1, 2).flatten(2, 3)  # [B, N, S * Q, W]
-    shared = together @ prefix[0].transpose(-1, -2) + masks[0]  # [B, N, S * Q, T]
-    shared = shared.unflatten(2, paths).transpose(1, 2)  # [B, S, N, Q, T]
-    private = q @ own[0].transpose(-1, -2) + masks[1]
-    weights = torch.cat((shared, private), dim=-1).softmax(-1)
-    on_prefix, on_own = weights.split((shared.shape[-1], private.shape[-1]), dim=-1)
-    from_prefix = on_prefix.transpose(1, 2).flatten(2, 3) @ prefix[1]
-    combined: Tensor = from_prefix.unflatten(2, paths).transpose(1, 2) + on_own @ own[1]
-    return combined
 
 
 class FusedBlock(nn.Module):

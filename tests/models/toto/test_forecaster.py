@@ -77,7 +77,7 @@ def test_prob_up_agrees_with_the_quantiles(toto, make_request):
 
 
 def test_aggregate_other_than_median_and_mean_is_refused(toto, make_request):
-    with pytest.raises(ModelError, match="no paths"):
+    with pytest.raises(ModelError, match="median or mean"):
         forecast(toto, [make_request(300, 8, seed=11, aggregate="p10")])
 
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from models.layers import WeightsMismatch, load_strictly
-from models.toto.forecaster import TotoDecoder, TotoForecaster
+from models.toto.decoder import TotoDecoder
+from models.toto.forecaster import TotoForecaster
 from models.toto.network import TotoConfig, TotoNetwork
 
 TOLERANCE = 1e-5
@@ -46,7 +47,7 @@ def test_mixture_equals_the_reference_at_the_published_size(base, make_walk, var
     theirs = reference.model(inputs, mask.bool().expand_as(inputs), torch.zeros_like(inputs), None, whole)
     bucket = max(256, 1 << (length - 1).bit_length())
     projected, loc, scale = decoder(*padded(values, bucket))
-    ours = decoder.network.mixture(projected)
+    ours = TotoNetwork.mixture(projected)
     components = theirs.distribution.component_distribution
     assert relative(ours.df, components.df[:, :, -64:]) <= TOLERANCE
     assert relative(ours.loc, components.loc[:, :, -64:]) <= TOLERANCE
@@ -85,7 +86,7 @@ def test_layer_order_follows_the_config(reference_toto, toto_tiny, make_walk, sp
     inputs, mask = padded(torch.tensor(make_walk(256, seed=1).T[None, :5], dtype=torch.float32), 256)
     theirs = reference.model(inputs, mask.bool().expand_as(inputs), torch.zeros_like(inputs), None, 256)
     projected, _, _ = TotoDecoder(network).eval()(inputs, mask)
-    assert relative(network.mixture(projected).loc, theirs.distribution.component_distribution.loc[:, :, -64:]) <= (
+    assert relative(TotoNetwork.mixture(projected).loc, theirs.distribution.component_distribution.loc[:, :, -64:]) <= (
         TOLERANCE
     )
 

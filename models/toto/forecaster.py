@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.candles import CLOSE, OPEN, VARIATES, VOLUME, Floats, floor_prices, repair_ohlc
+from models.candles import CLOSE, HIGH, OPEN, VARIATES, VOLUME, Floats, floor_prices, repair_ohlc
 from models.forecaster import (
     QUANTILE_COLUMNS,
     Abandoned,
@@ -26,7 +26,7 @@ from models.forecaster import (
 )
 from models.layers import load_strictly
 from models.toto.decoder import TAIL, TotoDecoder
-from models.toto.mixture import cdf, mean, quantiles
+from models.toto.mixture import cdf, mean, quantiles, tabulate
 from models.toto.network import Mixture, TotoConfig, TotoNetwork
 from models.toto.scaler import MINIMUM_VARIANCE
 from models.toto.transform import transform_of
@@ -36,8 +36,9 @@ _BATCH_CANDLES: Final = 32 * 4096
 _PATCHES: Final = 8  # of the longest horizon
 _SAMPLES: Final = (4, 8, 16, 32, 64, 128, 256)
 _PATH_BYTES: Final = 2**30  # of all paths of a batch
-_BANDS: Final = [VARIATES.index(name) for name in QUANTILE_COLUMNS]
-_OTHERS: Final = [OPEN, VOLUME]
+_BANDS: Final = slice(HIGH, CLOSE + 1)  # QUANTILE_COLUMNS
+_OTHERS: Final = slice(OPEN, None, VOLUME - OPEN)
+_AT_ONCE: Final = 2**16  # components, so that what is known of them stays in the processor's cache
 
 
 class TotoForecaster:
@@ -112,7 +113,9 @@ class TotoForecaster:
         return patches, bucket_of(item.sampling.samples, _SAMPLES) if patches > 1 else 0
 
     def encode(self, item: ForecastInput) -> Row:
-        row: dict[str, np.ndarray] = {"series": self._transform.encode(item.candles, len(item.candles)).T.astype(np.float32)}
+        row: dict[str, np.ndarray] = {
+            "series": self._transform.encode(item.candles, len(item.candles)).T.astype(np.float32)
+        }
         patches, samples = self._drawn(item)
         if samples:
             uniforms = draw_uniforms(item.seed, item.sampling.samples, patches, len(VARIATES) * self._patch * 2)
@@ -157,11 +160,11 @@ class TotoForecaster:
             if not wanted():
                 raise Abandoned("nobody waits for these paths")
             place = torch.tensor(index, device=values.device)
-            *outputs, reached, entries = decoder.step(drawn[-1], reached, prefix, cache, place)
+            ahead, path_loc, path_scale, reached, entries = decoder.step(drawn[-1], reached, prefix, cache, place)
             for slots, entry in zip(cache, entries, strict=True):
                 slots[..., index : index + 1, :] = entry
-            later.append(outputs)
-            drawn.append(decoder.draw(*outputs, uniforms[:, index + 1]))
+            later.append((ahead, path_loc, path_scale))
+            drawn.append(decoder.draw(ahead, path_loc, path_scale, uniforms[:, index + 1]))
         after = (torch.stack(parts, dim=1) for parts in zip(*later, strict=True))
         named = dict(zip(("path_projected", "path_loc", "path_scale"), after, strict=True))
         return {**first, **named, "paths": torch.stack(drawn, dim=1)}
@@ -199,7 +202,7 @@ class TotoForecaster:
         )
 
     def _mixtures(self, item: ForecastInput, raw: Mapping[str, Tensor]) -> list[Mixture]:
-        """The mixtures `[V, steps, K]` of every patch of the horizon, in the first one's units; later ones of all paths."""
+        """The mixtures `[V, steps, K]` of the horizon, in pieces and in units of the first; later ones of all paths."""
         found = [TotoNetwork.mixture(raw["projected"][:, : item.horizon].double())]
         samples, patches = item.sampling.samples, -(-item.horizon // self._patch)
         for index in range(patches - 1):
@@ -210,7 +213,11 @@ class TotoForecaster:
             growth = raw["path_scale"][index, :, :samples, None, None].double() / unit
             weights = steps.log_weights - float(np.log(samples))
             pooled = (steps.df, shift + growth * steps.loc, growth * steps.scale, weights)
-            found.append(Mixture(*(parameter.transpose(1, 2).flatten(2) for parameter in pooled)))
+            flat = (parameter.transpose(1, 2).flatten(2) for parameter in pooled)  # [V, steps, S * K]
+            at_once = max(1, _AT_ONCE // (len(VARIATES) * samples * steps.df.shape[-1]))
+            found += [
+                Mixture(*part) for part in zip(*(parameter.split(at_once, dim=1) for parameter in flat), strict=True)
+            ]
         return found
 
     def _candles(self, item: ForecastInput, values: Floats) -> Floats:
@@ -232,19 +239,15 @@ class TotoForecaster:
 
 def _summary(steps: Mixture, item: ForecastInput, reached: Tensor) -> tuple[Tensor, Tensor]:
     """Point and quantiles `[1 + Q, V, H]` of mixtures `[V, H, K]`, and P(close > reached) `[H]`."""
+    table = tabulate(steps)
     wanted = tuple(sorted({*item.levels, 0.5})) if item.aggregate == "median" else item.levels
-    bands = quantiles(_variates(steps, _BANDS), wanted)  # [Q, 3, H]
+    bands = quantiles(table.part(_BANDS), wanted)  # [Q, 3, H]
     if item.aggregate == "median":
         point = torch.empty(steps.loc.shape[:-1], dtype=torch.float64)
         point[_BANDS] = bands[wanted.index(0.5)]
-        point[_OTHERS] = quantiles(_variates(steps, _OTHERS), (0.5,))[0]
+        point[_OTHERS] = quantiles(table.part(_OTHERS), (0.5,))[0]
     else:
-        point = mean(steps)
+        point = mean(table)
     values = point.repeat(1 + len(item.levels), 1, 1)
     values[1:, _BANDS] = bands[[wanted.index(level) for level in item.levels]]
-    return values, 1 - cdf(_variates(steps, CLOSE), reached)
-
-
-def _variates(steps: Mixture, index: int | list[int]) -> Mixture:
-    """The mixtures `[…, H, K]` of some variates."""
-    return Mixture(*(parameter[index] for parameter in steps))
+    return values, 1 - cdf(table.part(CLOSE), reached)

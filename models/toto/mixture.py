@@ -11,8 +11,8 @@ from models.toto.student_t import TERMS, centred_cdf, coefficients, stretch
 
 _TOLERANCE: Final = 5e-10  # in probability
 _STEPS: Final = 150  # every second one halves the bracket at least
-_FACTS: Final = 7  # of a component, beside the coefficients of its distribution function
-_AT_ONCE: Final = 2**16  # components, so that their parameters stay in the processor's cache
+_FACTS: Final = 8  # of a component, beside the coefficients of its distribution function
+_LARGEST_JERK: Final = 1.5  # third derivative of a Student-T's distribution function with df >= 2, over its peak
 _LOGISTIC: Final = 1.7  # a Gaussian's quantile is about logit(q) / 1.7
 
 
@@ -26,41 +26,54 @@ def log_density(mixture: Mixture, y: Tensor) -> Tensor:
     return total
 
 
-def mean(mixture: Mixture) -> Tensor:
-    """Expectation `[...]`; it exists because df > 2."""
-    return (mixture.log_weights.exp() * mixture.loc).sum(-1)
+class Tabled(NamedTuple):
+    """Mixtures ready to be evaluated, float64."""
+
+    facts: Tensor  # [_FACTS + TERMS, ..., K]
+    jerk: Tensor  # [...] a bound of the third derivative of the distribution function
+
+    def part(self, index: int | slice) -> "Tabled":
+        """Some of the mixtures, by their first axis."""
+        return Tabled(self.facts[:, index], self.jerk[index])
 
 
-def cdf(mixture: Mixture, y: Tensor) -> Tensor:
-    """P(Y <= y) at `y` `[...]`, to 1e-9."""
-    below, _, _ = _evaluate(_table(mixture), y.double())
-    return below
-
-
-def quantiles(mixture: Mixture, levels: tuple[float, ...]) -> Tensor:
-    """Quantiles `[Q, ...]` in float64, exact to 1e-9 in probability."""
-    flat = Mixture(*(parameter.flatten(0, -2) for parameter in mixture))
-    rows = max(1, _AT_ONCE // flat.loc.shape[1])
-    solved = [_solve(Mixture(*part), levels) for part in zip(*(p.split(rows) for p in flat), strict=True)]
-    return torch.cat(solved, dim=1).unflatten(1, mixture.loc.shape[:-1])
-
-
-def _table(mixture: Mixture) -> Tensor:
-    """What `_evaluate` needs of mixtures `[..., K]`, `[_FACTS + TERMS, ..., K]` in float64."""
+def tabulate(mixture: Mixture) -> Tabled:
+    """Prepare mixtures `[..., K]`."""
     df, loc, scale, log_weights = (parameter.double() for parameter in mixture)
     root, weights = df.sqrt(), log_weights.exp()
     table = torch.empty(_FACTS + TERMS, *df.shape, dtype=torch.float64)
     peak = coefficients(root, out=table[_FACTS:])
     densities, inverse = weights * peak / scale, 1 / (scale * root)
-    facts = (loc, inverse, df / 2, stretch(root), weights, densities, (df + 1) * inverse * densities)
-    for place, fact in zip(table, facts, strict=False):
+    slopes = (df + 1) * inverse * densities
+    for place, fact in zip(
+        table, (loc, inverse, df / 2, stretch(root), weights, densities, slopes, scale), strict=False
+    ):
         place.copy_(fact)
-    return table
+    return Tabled(table, (densities / (scale * scale)).sum(-1) * _LARGEST_JERK)
+
+
+def mean(table: Tabled) -> Tensor:
+    """Expectation `[...]`; it exists because df > 2."""
+    expected: Tensor = (table.facts[4] * table.facts[0]).sum(-1)
+    return expected
+
+
+def cdf(table: Tabled, y: Tensor) -> Tensor:
+    """P(Y <= y) at `y` `[...]`, to 1e-9."""
+    below, _, _ = _evaluate(table.facts, y)
+    return below
+
+
+def quantiles(table: Tabled, levels: tuple[float, ...]) -> Tensor:
+    """Quantiles `[Q, ...]`, exact to 1e-9 in probability."""
+    flat = Tabled(table.facts.flatten(1, -2), table.jerk.flatten())
+    found: Tensor = _solve(flat, levels).unflatten(1, table.jerk.shape)
+    return found
 
 
 def _evaluate(table: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Distribution function, density and its derivative at `y`, which broadcasts to `table` `[7 + TERMS, ..., K]`."""
-    loc, inverse, half_df, k, weights, densities, slopes, *h = table.unbind(0)
+    loc, inverse, half_df, k, weights, densities, slopes, _, *h = table.unbind(0)
     assert len(h) == TERMS
     a = (y.unsqueeze(-1) - loc).mul_(inverse)
     centred, decay, root = centred_cdf(a, half_df, k, tuple(h))
@@ -73,67 +86,76 @@ class _Search(NamedTuple):
     """Roots on their way, each tensor of one shape."""
 
     q: Tensor  # the level
+    logit: Tensor  # of the level
+    jerk: Tensor
     y: Tensor
     low: Tensor  # the root lies between
     high: Tensor
     miss: Tensor  # |cdf(y) - q| one step before
 
 
-def _solve(mixture: Mixture, levels: tuple[float, ...]) -> Tensor:
-    """Quantiles `[Q, M]` of mixtures `[M, K]`: all roots together at first, then only those that are still open."""
-    table = _table(mixture)
+def _solve(table: Tabled, levels: tuple[float, ...]) -> Tensor:
+    """Quantiles `[Q, M]` of mixtures `[M]`: all roots together at first, then only those that are still open."""
     q = torch.tensor(levels, dtype=torch.float64).unsqueeze(-1)
-    low, high = _bracket(mixture, q)
-    y = _start(mixture, q).clamp(low, high)
-    search, solved = _advance(table, _Search(q.expand_as(low), y, low, high, torch.ones_like(low)))
+    low, high = _bracket(table.facts, q)
+    y = _start(table, q).clamp(low, high)
+    q, logit, jerk = (part.expand_as(low) for part in (q, torch.logit(q), table.jerk))
+    search, solved = _advance(table.facts, _Search(q, logit, jerk, y, low, high, torch.ones_like(low)))
     while 2 * int(solved.sum()) < solved.numel():
-        search, solved = _advance(table, search)
+        search, solved = _advance(table.facts, search)
     roots = search.y.flatten()
     left = (~solved).flatten().nonzero().squeeze(-1)
     search = _Search(*(field.flatten()[left] for field in search))
     for _ in range(_STEPS):
         if not left.numel():
             break
-        search, solved = _advance(table[:, left % mixture.loc.shape[0]], search)
+        search, solved = _advance(table.facts[:, left % len(table.jerk)], search)
         roots[left] = search.y
         kept = (~solved).nonzero().squeeze(-1)
         left, search = left[kept], _Search(*(field[kept] for field in search))
     return roots.view(low.shape)
 
 
-def _bracket(mixture: Mixture, q: Tensor) -> tuple[Tensor, Tensor]:
+def _bracket(facts: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """Bounds `[Q, M]` of the quantiles at levels `q` `[Q, 1]`.
 
     A mixture's quantile lies between the extreme quantiles of its components, and a Student-T quantile with
     df >= 2 between 0 and that of df = 2, (2q - 1) / sqrt(2 q (1 - q)).
     """
-    farthest = ((2 * q - 1) / (2 * q * (1 - q)).sqrt()).unsqueeze(-1) * mixture.scale
-    return (mixture.loc + farthest.clamp_max(0)).amin(-1), (mixture.loc + farthest.clamp_min(0)).amax(-1)
+    loc, scale = facts[0], facts[7]
+    farthest = ((2 * q - 1) / (2 * q * (1 - q)).sqrt()).unsqueeze(-1)
+    low = torch.addcmul(loc, farthest.clamp_max(0), scale).amin(-1)
+    return low, torch.addcmul(loc, farthest.clamp_min(0), scale).amax(-1)
 
 
-def _start(mixture: Mixture, q: Tensor) -> Tensor:
+def _start(table: Tabled, q: Tensor) -> Tensor:
     """About the quantiles `[Q, M]`: those of one bell as wide as the mixture."""
-    weights, centre = mixture.log_weights.exp(), mean(mixture)
-    variance = (weights * (mixture.scale**2 + (mixture.loc - centre.unsqueeze(-1)) ** 2)).sum(-1)
-    return centre + torch.logit(q) / _LOGISTIC * variance.sqrt()
+    loc, weights, scale = table.facts[0], table.facts[4], table.facts[7]
+    centre = mean(table)
+    variance = (weights * (scale.square() + (loc - centre.unsqueeze(-1)).square_())).sum(-1)
+    return torch.addcmul(centre, torch.logit(q) / _LOGISTIC, variance.sqrt())
 
 
-def _advance(table: Tensor, search: _Search) -> tuple[_Search, Tensor]:
-    """One step, and which searches began it at their root, where they stay.
+def _advance(facts: Tensor, search: _Search) -> tuple[_Search, Tensor]:
+    """One step, and which searches are at their root after it.
 
     Halley's method on the logit of the distribution function, which is nearly straight where one bell
     dominates; the bracket is halved where a step would leave it or the last one has not halved the miss.
+    A search ends where it already stood at its root, or where Taylor's remainder says that the step led there.
     """
-    q, y, low, high, before = search
-    below, density, slope = _evaluate(table, y)
+    q, logit, jerk, y, low, high, before = search
+    below, density, slope = _evaluate(facts, y)
     excess = below - q
-    low, high = torch.where(excess > 0, low, y), torch.where(excess > 0, y, high)
+    above = excess > 0
+    low, high = torch.where(above, low, y), torch.where(above, y, high)
     variance = below * (1 - below)
-    newton = (torch.logit(below) - torch.logit(q)) * variance / density
+    newton = (torch.logit(below) - logit) * variance / density
     bend = slope / density - density * (1 - 2 * below) / variance
-    proposed = y - newton / (1 - (newton * bend / 2).clamp(-0.8, 0.8))
-    miss = excess.abs()
+    move = newton / (newton * bend / 2).clamp(-0.8, 0.8).sub_(1)
+    proposed, miss = y + move, excess.abs()
     trusted = (proposed > low) & (proposed < high) & (2 * miss < before)
-    solved = miss <= _TOLERANCE
-    following = torch.where(solved, y, torch.where(trusted, proposed, (low + high) / 2))
-    return _Search(q, following, low, high, miss), solved
+    left = (excess + move * (density + slope * move / 2)).abs() + jerk * move.abs().pow(3) / 6
+    stays = miss <= _TOLERANCE
+    solved = stays | (trusted & (left <= _TOLERANCE))
+    following = torch.where(stays, y, torch.where(trusted, proposed, (low + high) / 2))
+    return _Search(q, logit, jerk, following, low, high, miss), solved

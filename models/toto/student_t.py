@@ -34,7 +34,8 @@ def coefficients(root: Tensor, out: Tensor) -> Tensor:
     Returns the density at 0 `[...]`.
     """
     x = (2 * _SMALLEST_ROOT / root - 1).flatten()  # in [-1, 1]
-    powers = torch.ones(_ROOT_TERMS, x.numel(), dtype=x.dtype)
+    powers = torch.empty(_ROOT_TERMS, x.numel(), dtype=x.dtype)
+    powers[0] = 1
     for index in range(1, _ROOT_TERMS):
         torch.mul(powers[index - 1], x, out=powers[index])
     torch.mm(_COEFFICIENTS[:TERMS], powers, out=out.view(TERMS, -1))

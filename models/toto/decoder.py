@@ -28,6 +28,7 @@ class Prefix(NamedTuple):
     keys: Tensor  # [L, B * V, N, P, W]
     values: Tensor  # [L, B * V, N, P, W]
     mask: Tensor  # [B * V, 1, 1, P] 0 or -inf
+    patches: Tensor  # [B] those that are real
 
 
 class Entries(NamedTuple):
@@ -38,9 +39,9 @@ class Entries(NamedTuple):
 
 
 class Rotation(NamedTuple):
-    """Rotary embedding with xpos decay (Sun et al. 2022, arXiv 2212.10554), `[P, 2, 1, W / 2]` each.
+    """Rotary embedding with xpos decay (Sun et al. 2022, arXiv 2212.10554), `[…, 2, 1, W / 2]` each.
 
-    The first axis after the patches tells queries, which grow by the decay, from keys, which shrink by it.
+    The axis of 2 tells queries, which grow by the decay, from keys, which shrink by it.
     """
 
     cos_even: Tensor
@@ -48,13 +49,23 @@ class Rotation(NamedTuple):
     cos_odd: Tensor
     sin_odd: Tensor
 
+    def at(self, positions: Tensor) -> "Rotation":
+        """Of tables `[P, …]` those at `positions` `[B, T]`, with an axis for variates, `[B, 1, T, …]`."""
+        return Rotation(*(table[positions].unsqueeze(1) for table in self))
 
-def rotation(positions: Tensor, centre: int, width: int) -> Rotation:
-    """Tables for `positions` `[P]`. Only their differences reach the scores: leading padding changes nothing."""
+
+def rotation(patches: int, centre: int, width: int, device: torch.device) -> Rotation:
+    """Tables of the positions 0 … `patches` - 1, which count from a series' first real patch.
+
+    At `centre` nothing decays; queries and keys that meet need the same.
+
+    The checkpoint was trained with decays laid out in halves although angles are laid out in pairs: the two do
+    not commute, and scores depend on where the counting starts, not on differences of positions alone.
+    """
+    positions = torch.arange(patches, device=device)
     angles = rotary_angles(positions, width)
-    base = (torch.arange(0, width, 2, device=positions.device) + 0.4 * width) / (1.4 * width)
+    base = (torch.arange(0, width, 2, device=device) + 0.4 * width) / (1.4 * width)
     power = (positions - centre).unsqueeze(-1) / XPOS_BASE
-    # The checkpoint was trained with decays laid out in halves although angles are laid out in pairs.
     decay = (base**power).repeat(1, 2).unflatten(-1, (-1, 2))  # [P, W / 2, (even, odd)]
     both = torch.stack((decay, 1 / decay), dim=1).unsqueeze(2)  # [P, 2, 1, W / 2, 2]
     cos, sin = (table[:, None, None, :, None] * both for table in (angles.cos(), angles.sin()))
@@ -62,7 +73,7 @@ def rotation(positions: Tensor, centre: int, width: int) -> Rotation:
 
 
 def rotated(x: Tensor, tables: Rotation) -> Tensor:
-    """Queries and keys `[…, P, 2, N, W]`, even channels before odd ones, turned in float32."""
+    """Queries and keys `[…, 2, N, W]`, even channels before odd ones, turned in float32."""
     even, odd = x.float().chunk(2, dim=-1)
     turned = (
         torch.addcmul(even * tables.cos_even, odd, tables.sin_even, value=-1),
@@ -101,9 +112,9 @@ class ServedLayer(nn.Module):
 
     def along_time(self, x: Tensor, tables: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values, of `x` `[B, V, P, D]`: `[B * V, N, P, W]` each."""
-        projected = self.project(x).flatten(0, 1)  # [B * V, P, 3, N, W]
-        q, k = rotated(projected[:, :, :2], tables).permute(2, 0, 3, 1, 4)
-        return q, k, projected[:, :, 2].transpose(1, 2)
+        projected = self.project(x)  # [B, V, P, 3, N, W]
+        q, k = rotated(projected[:, :, :, :2], tables).permute(3, 0, 1, 4, 2, 5).flatten(1, 2)
+        return q, k, projected[:, :, :, 2].flatten(0, 1).transpose(1, 2)
 
     def across(self, x: Tensor) -> Tensor:
         """The layer over the variates of `x` `[B, V, P, D]`, for every patch (or path) by itself."""
@@ -153,11 +164,11 @@ class TotoDecoder(nn.Module):
         """As `forward`, and everything that the paths of each series share."""
         loc, scale, reached = self._scale(values, weights)
         hidden, entries = self._read(values, weights, loc, scale)
-        real = weights.unflatten(-1, (-1, self.config.patch_size)).amax(-1) > 0
+        real = self._real(weights)
         mask = torch.where(real, 0.0, -torch.inf).to(self.head.dtype).expand(-1, values.shape[1], -1).flatten(0, 1)
         keys, found = (torch.stack(parts) for parts in zip(*entries, strict=True))
         reached = Statistics(*(fact.unsqueeze(-1) for fact in reached))  # an axis for the paths
-        prefix = Prefix(keys, found, mask[:, None, None])
+        prefix = Prefix(keys, found, mask[:, None, None], real.sum(-1).squeeze(-1))
         return self._head(hidden)[:, :, -1], loc[..., -1], scale[..., -1], prefix, reached
 
     def draw(self, projected: Tensor, loc: Tensor, scale: Tensor, uniforms: Tensor) -> Tensor:
@@ -177,17 +188,18 @@ class TotoDecoder(nn.Module):
         """
         loc, scale, reached = extend(reached, values)
         x = self._embed(values, loc, scale)  # [B, V, S, D]
-        patches, slots = prefix.keys.shape[3], torch.arange(cache.keys.shape[4] + 1, device=values.device)
-        tables = rotation((patches + index).unsqueeze(0), patches // 2, prefix.keys.shape[-1])
-        seen = (slots < index) | (slots == cache.keys.shape[4])  # what was drawn before, and this patch
+        drawn, series = cache.keys.shape[4], prefix.keys
+        tables = rotation(series.shape[3] + drawn + 1, series.shape[3] // 2, series.shape[4], values.device)
+        tables = tables.at((prefix.patches + index).unsqueeze(-1))
+        slots = torch.arange(drawn + 1, device=values.device)
+        seen = (slots < index) | (slots == drawn)  # what was drawn before, and this patch
         masks = (prefix.mask, torch.where(seen, 0.0, -torch.inf).to(x.dtype))
         entries: list[tuple[Tensor, Tensor]] = []
         for layer in self._layers():
             if layer.spacewise:
                 x = layer.across(x)
                 continue
-            q, k, v = layer.along_time(x.flatten(0, 1).unsqueeze(2), tables)  # [B * V * S, N, 1, W]
-            q, k, v = (part.unflatten(0, (-1, x.shape[2])) for part in (q, k, v))
+            q, k, v = (part.transpose(1, 2).unsqueeze(3) for part in layer.along_time(x, tables))  # [B * V, S, N, 1, W]
             place = len(entries)
             own = (torch.cat((cache.keys[place], k), dim=-2), torch.cat((cache.values[place], v), dim=-2))
             attended = branched_attention(q, (prefix.keys[place], prefix.values[place]), own, masks)
@@ -235,10 +247,10 @@ class TotoDecoder(nn.Module):
         Patches without a single real candle are masked out of attention.
         """
         x = self._embed(values.unflatten(-1, (-1, self.config.patch_size)), loc, scale)
-        patches = x.shape[2]
-        mask = self._mask(weights, patches).to(x.dtype).expand(-1, x.shape[1], -1, -1).flatten(0, 1).unsqueeze(1)
-        order = torch.arange(patches, device=x.device)
-        tables = rotation(order, patches // 2, self.config.embed_dim // self.config.num_heads)
+        patches, real = x.shape[2], self._real(weights)
+        mask = self._mask(real).to(x.dtype).expand(-1, x.shape[1], -1, -1).flatten(0, 1).unsqueeze(1)
+        tables = rotation(patches, patches // 2, self.config.embed_dim // self.config.num_heads, x.device)
+        tables = tables.at((real.squeeze(1).cumsum(-1) - 1).clamp_min(0))
         entries: list[tuple[Tensor, Tensor]] = []
         for index, layer in enumerate(self._layers()):
             kept = patches if index < self._last_timewise else TAIL
@@ -251,12 +263,16 @@ class TotoDecoder(nn.Module):
             entries.append((k, v))
         return x, entries
 
-    def _mask(self, weights: Tensor, patches: int) -> Tensor:
+    def _real(self, weights: Tensor) -> Tensor:
+        """Which patches `[B, 1, P]` hold a candle."""
+        real: Tensor = weights.unflatten(-1, (-1, self.config.patch_size)).amax(-1) > 0
+        return real
+
+    def _mask(self, real: Tensor) -> Tensor:
         """What is added to scores, `[B, 1, P, P]`: earlier patches with candles are seen, and oneself: no 0 / 0."""
-        real = weights.unflatten(-1, (patches, -1)).amax(-1) > 0  # [B, 1, P]
-        causal = torch.ones(patches, patches, dtype=torch.bool, device=weights.device).tril()
-        seen = (causal & real.unsqueeze(-2)) | torch.eye(patches, dtype=torch.bool, device=weights.device)
-        return torch.where(seen, 0.0, -torch.inf)
+        itself = torch.eye(real.shape[-1], dtype=torch.bool, device=real.device)
+        causal = torch.ones_like(itself).tril()
+        return torch.where((causal & real.unsqueeze(-2)) | itself, 0.0, -torch.inf)
 
 
 def draw_from(mixture: Mixture, uniforms: Tensor) -> Tensor:

@@ -103,10 +103,7 @@ class Attention(nn.Module):
 
 
 class Rotary:
-    """Rotary embedding with xpos decay (Sun et al. 2022, arXiv 2212.10554) at positions 0 … P - 1.
-
-    Only differences of positions reach the attention scores, so leading padding patches change nothing.
-    """
+    """Rotary embedding with xpos decay (Sun et al. 2022, arXiv 2212.10554) at positions 0 … P - 1."""
 
     def __init__(self, patches: int, width: int, device: torch.device) -> None:
         positions = torch.arange(patches, device=device)

@@ -105,14 +105,15 @@ def _solve(table: Tabled, levels: tuple[float, ...]) -> Tensor:
         search, solved = _advance(table.facts, search)
     roots = search.y.flatten()
     left = (~solved).flatten().nonzero().squeeze(-1)
-    search = _Search(*(field.flatten()[left] for field in search))
+    fields = torch.stack(search).flatten(1).index_select(1, left)
     for _ in range(_STEPS):
         if not left.numel():
             break
-        search, solved = _advance(table.facts[:, left % len(table.jerk)], search)
+        facts = table.facts.index_select(1, left % len(table.jerk))
+        search, solved = _advance(facts, _Search(*fields.unbind(0)))
         roots[left] = search.y
         kept = (~solved).nonzero().squeeze(-1)
-        left, search = left[kept], _Search(*(field[kept] for field in search))
+        left, fields = left[kept], torch.stack(search).index_select(1, kept)
     return roots.view(low.shape)
 
 

@@ -1,6 +1,6 @@
-"""What both networks share: RMSNorm, rotary embedding, SwiGLU, strict loading of weights."""
+"""What both networks share: RMSNorm, rotary embedding, SwiGLU, attention of paths, strict loading of weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,32 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 def merge_heads(x: Tensor) -> Tensor:
     """`[..., N, T, D / N]` to `[..., T, D]`."""
     return x.transpose(-3, -2).flatten(-2)
+
+
+def branched_attention(
+    q: Tensor, prefix: tuple[Tensor, Tensor, Tensor], own: Sequence[tuple[Tensor, Tensor, Tensor | None]]
+) -> Tensor:
+    """Attention of paths' queries `[B, S, N, Q, W]` over the prefix they share and their own tokens, together.
+
+    `prefix` keys and values `[B, N, T, W]` are read once for all paths; each of `own` has keys and values
+    `[B, S, N, O, W]`: parts that lie apart in memory are never copied together. The third of each is added to
+    the scores: `[B, 1, 1, T]` and something broadcastable to `[B, S, N, Q, O]`.
+    """
+    paths = (q.shape[1], q.shape[3])
+    q = q * q.shape[-1] ** -0.5
+    together = q.transpose(1, 2).flatten(2, 3)  # [B, N, S * Q, W]
+    shared = (together @ prefix[0].transpose(-1, -2)).float() + prefix[2]  # [B, N, S * Q, T]
+    scores = [shared.unflatten(2, paths).transpose(1, 2)]  # [B, S, N, Q, T]
+    for keys, _, mask in own:
+        found = (q @ keys.transpose(-1, -2)).float()
+        scores.append(found if mask is None else found + mask)
+    sizes = [part.shape[-1] for part in scores]
+    weights = torch.cat(scores, dim=-1).softmax(-1).to(q.dtype).split(sizes, dim=-1)
+    from_prefix = weights[0].transpose(1, 2).flatten(2, 3) @ prefix[1]
+    combined: Tensor = from_prefix.unflatten(2, paths).transpose(1, 2)
+    for weight, (_, values, _) in zip(weights[1:], own, strict=True):
+        combined = combined + weight @ values
+    return combined
 
 
 def load_strictly(network: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:

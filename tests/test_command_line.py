@@ -130,7 +130,7 @@ def test_evaluating_on_candles_a_model_was_trained_on_is_refused(candlecast: Can
         (("store", "verify", "toto-demo@000000000000"), "toto-demo@000000000000"),
         (("train", "nowhere.toml"), "does not exist"),
         (("forecast", "AAPL", "--model", "kronos-demo", "--horizon", "200"), "126 steps at most"),
-        (("forecast", "AAPL", "--model", "toto-demo", "--horizon", "100"), "64 steps at most"),
+        (("forecast", "AAPL", "--model", "toto-demo", "--horizon", "600"), "512 steps at most"),
     ],
 )
 def test_errors_are_one_line_that_says_what_is_missing(

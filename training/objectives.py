@@ -57,7 +57,7 @@ class TotoLikelihood:
         context = values[..., : self.context]
         weights = torch.ones_like(context[:, :1])
         loc, scale = self.network.scale(context, weights)
-        hidden = self.network.embed(context, weights, loc, scale, loc.shape[-1])  # [B, V, P, D]
+        hidden = self.network.embed(context, weights, loc, scale)  # [B, V, P, D]
         steps = torch.from_numpy(np.sort(self.rng.choice(patch, self.steps_drawn, replace=False)))
         head, bias = self.network.composed_head()
         projected = torch.einsum("bvpd,skd->bvpsk", hidden, head[steps]) + bias[steps]

@@ -7,7 +7,7 @@ Axes: B symbols, S paths, T context, H horizon, L layers, N heads, W head width,
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,7 +18,7 @@ from models.kronos.network import DEPENDENCY_HEADS, TIME_FIELDS, Block, KronosPr
 from models.kronos.quantizer import pack_bits
 from models.kronos.sampling import sample
 from models.kronos.tokenizer import KronosTokenizer, code_of
-from models.layers import merge_heads, split_heads, swiglu
+from models.layers import branched_attention, merge_heads, split_heads, swiglu
 
 
 class Tokens(NamedTuple):
@@ -103,32 +103,6 @@ class Candles(NamedTuple):
 
     paths: Tensor
     last: Tensor
-
-
-def branched_attention(
-    q: Tensor, prefix: tuple[Tensor, Tensor, Tensor], own: Sequence[tuple[Tensor, Tensor, Tensor | None]]
-) -> Tensor:
-    """Attention of paths' queries `[B, S, N, Q, W]` over their symbol's prefix and their own tokens, together.
-
-    `prefix` keys and values `[B, N, T, W]` are read once for all paths; each of `own` has keys and values
-    `[B, S, N, O, W]`: parts that lie apart in memory are never copied together. The third of each is added to
-    the scores: `[B, 1, 1, T]` and something broadcastable to `[B, S, N, Q, O]`.
-    """
-    paths = (q.shape[1], q.shape[3])
-    q = q * q.shape[-1] ** -0.5
-    together = q.transpose(1, 2).flatten(2, 3)  # [B, N, S * Q, W]
-    shared = (together @ prefix[0].transpose(-1, -2)).float() + prefix[2]  # [B, N, S * Q, T]
-    scores = [shared.unflatten(2, paths).transpose(1, 2)]  # [B, S, N, Q, T]
-    for keys, _, mask in own:
-        found = (q @ keys.transpose(-1, -2)).float()
-        scores.append(found if mask is None else found + mask)
-    sizes = [part.shape[-1] for part in scores]
-    weights = torch.cat(scores, dim=-1).softmax(-1).to(q.dtype).split(sizes, dim=-1)
-    from_prefix = weights[0].transpose(1, 2).flatten(2, 3) @ prefix[1]
-    combined: Tensor = from_prefix.unflatten(2, paths).transpose(1, 2)
-    for weight, (_, values, _) in zip(weights[1:], own, strict=True):
-        combined = combined + weight @ values
-    return combined
 
 
 class FusedBlock(nn.Module):

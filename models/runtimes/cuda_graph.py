@@ -85,6 +85,6 @@ class CudaGraphs(Mapping[str, Function]):
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            outputs = tuple(plain(*static))
+            outputs = flattened(plain(*static))
         self._pool = self._pool or graph.pool()
         return _Captured(graph, inputs, outputs)

@@ -1,10 +1,10 @@
 """What runtimes execute: a decoder's named functions, tensors in and tensors out.
 
-An argument is a tensor or a NamedTuple of tensors; a result is a NamedTuple of tensors, named by the function's
-return annotation. Exported forms know flat lists of tensors only: `Flat` is the way there, `rebuilt` the way back.
+Arguments are tensors or NamedTuples of them, results NamedTuples, which may hold others; the function's return
+annotation says which. Exported forms know flat lists of tensors only: `Flat` is the way there, `rebuilt` the way back.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, Self, get_type_hints, runtime_checkable
 
 import torch
@@ -71,7 +71,7 @@ class Flat(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         arguments = _pytree.tree_unflatten(list(tensors), self._structure)
-        return tuple(getattr(self.decoder, self._name)(*arguments))
+        return flattened(getattr(self.decoder, self._name)(*arguments))
 
     def exported(self) -> torch.export.ExportedProgram:
         """Traced once for every shape; a host sync or a branch on data fails here."""
@@ -82,9 +82,16 @@ class Flat(nn.Module):
 
 def rebuilt(decoder: Decoder, name: str, execute: Callable[[tuple[Tensor, ...]], Sequence[Tensor]]) -> Function:
     """`execute`, which knows flat tensors, with the arguments and the result of the function called `name`."""
-    result = get_type_hints(getattr(type(decoder), name))["return"]
+    kind = get_type_hints(getattr(type(decoder), name))["return"]
 
     def function(*arguments: Any) -> Any:
-        return result(*execute(flattened(arguments)))
+        return _nested(kind, iter(execute(flattened(arguments))))
 
     return function
+
+
+def _nested(kind: Any, tensors: Iterator[Tensor]) -> Any:
+    """The next tensor, or the NamedTuple `kind` of the next ones."""
+    if kind is Tensor:
+        return next(tensors)
+    return kind(*(_nested(field, tensors) for field in get_type_hints(kind).values()))

@@ -9,7 +9,7 @@ import torch
 from torch.utils import _pytree
 
 from models.forecaster import Forecaster, ForecastInput
-from models.runtimes.functions import Executable, Functions
+from models.runtimes.functions import Executable, Functions, flattened
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def record(forecaster: Forecaster, inputs: Sequence[ForecastInput]) -> list[Call
         def call(*arguments: Any) -> Any:
             kept = _pytree.tree_map(torch.clone, arguments)
             result = function(*arguments)
-            calls.append(Call(name, kept, tuple(result)))
+            calls.append(Call(name, kept, flattened(result)))
             return result
 
         return call
@@ -62,7 +62,7 @@ def compare(calls: Sequence[Call], functions: Functions, examples: Mapping[str, 
     equal, drawn = 0, 0
     for call in calls:
         arguments = _pytree.tree_map(lambda a, like: a.to(like.dtype), list(call.arguments), list(examples[call.name]))
-        pairs = list(zip(call.result, functions[call.name](*arguments), strict=True))
+        pairs = list(zip(call.result, flattened(functions[call.name](*arguments)), strict=True))
         tokens = [(a, b) for a, b in pairs if not a.is_floating_point()]
         agreed = sum(int((a == b).sum()) for a, b in tokens)
         asked = sum(a.numel() for a, _ in tokens)

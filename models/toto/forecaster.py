@@ -1,15 +1,17 @@
-"""Toto behind the Forecaster contract: one pass, last patch only, exact quantiles of the mixture."""
+"""Toto behind the Forecaster contract: one pass for a patch, exact quantiles; sampled paths beyond it."""
 
+import copy
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from models.candles import CLOSE, OPEN, VARIATES, Floats, floor_prices
+from models.candles import CLOSE, HIGH, OPEN, VARIATES, VOLUME, Floats, floor_prices, repair_ohlc
 from models.forecaster import (
     QUANTILE_COLUMNS,
+    Abandoned,
     Batch,
     Forecast,
     ForecastInput,
@@ -24,45 +26,30 @@ from models.forecaster import (
     pad_rows,
 )
 from models.layers import load_strictly
-from models.toto import mixture as student_mixture
+from models.runtimes.functions import Functions, functions_of
+from models.toto.decoder import TAIL, Cache, Projected, TotoDecoder
+from models.toto.mixture import cdf, mean, quantiles, tabulate
 from models.toto.network import Mixture, TotoConfig, TotoNetwork
+from models.toto.scaler import MINIMUM_VARIANCE, Statistics
 from models.toto.transform import transform_of
+from models.uniforms import draw_uniforms
 
-# Whole patches in fours: every matrix product then has a multiple of 4 rows, whose bits on a CPU do not
-# depend on how many rows there are.
-_TAIL: Final = 4
 _BATCH_CANDLES: Final = 32 * 4096
-_VARIANCE_FLOOR: Final = 0.1  # what the scaler adds
-_QUANTILE_VARIATES: Final = tuple(VARIATES.index(name) for name in QUANTILE_COLUMNS)
-
-
-class TotoDecoder(nn.Module):
-    """The pure function that runtimes execute: `forward`."""
-
-    head: Tensor
-    head_bias: Tensor
-
-    def __init__(self, network: TotoNetwork) -> None:
-        super().__init__()
-        self.network = network
-        weight, bias = network.double().composed_head()
-        network.float()
-        self.register_buffer("head", weight.detach().flatten(0, 1).float())  # [S * 4K, D]
-        self.register_buffer("head_bias", bias.detach().flatten().float())
-
-    def forward(self, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Head outputs `[B, V, S, 4K]` of the last patch, its location and its scale `[B, V]`.
-
-        `values` `[B, V, T]` are raw, zero where `weights` `[B, 1, T]` is zero (left padding).
-        """
-        loc, scale = self.network.scale(values, weights)
-        hidden = self.network.embed(values, weights, loc, scale, _TAIL)
-        projected = nn.functional.linear(hidden, self.head, self.head_bias)[:, :, -1]
-        return projected.unflatten(-1, (self.network.config.patch_size, -1)), loc[..., -1], scale[..., -1]
+_PATCHES: Final = 8  # of the longest horizon
+_SAMPLES: Final = (4, 8, 16, 32, 64, 128, 256)
+_PATH_BYTES: Final = 2**30  # of all paths of a batch
+_BANDS: Final = slice(HIGH, CLOSE + 1)  # QUANTILE_COLUMNS
+_OTHERS: Final = slice(OPEN, None, VOLUME - OPEN)
+_AT_ONCE: Final = 2**16  # components, so that what is known of them stays in the processor's cache
 
 
 class TotoForecaster:
-    """Deterministic forecasts of up to one patch: quantiles are marginal per step, there are no paths."""
+    """Up to one patch quantiles are those of the network's mixtures: exact, marginal per step, drawn by nobody.
+
+    Beyond it paths are drawn patch by patch, and quantiles are those of the mean over the paths of the mixtures
+    that each leads to: exact given the paths, and without a seam. Steps of one patch are drawn independently, as
+    the reference does, so paths say nothing about the returns of single steps.
+    """
 
     family = "toto"
 
@@ -79,13 +66,13 @@ class TotoForecaster:
         `chain_opens` makes every open the close before it: a network whose location is each variate's own last
         value would open for ever where the last candle did.
         """
-        self.network = network.eval()
-        self.decoder = TotoDecoder(self.network).eval()
-        patch = network.config.patch_size
-        self.limits = Limits(min_context=2, max_context=max_context, max_horizon=patch)
+        self.decoder = TotoDecoder(network).eval()
+        self.functions: Functions = functions_of(self.decoder)
+        self._patch = network.config.patch_size
+        self.limits = Limits(min_context=2, max_context=max_context, max_horizon=_PATCHES * self._patch)
         self._transform = transform_of(log_scales)
         self._chain_opens = chain_opens
-        self._contexts = [_TAIL * patch]
+        self._contexts = [TAIL * self._patch]
         while self._contexts[-1] < max_context:
             self._contexts.append(2 * self._contexts[-1])
 
@@ -102,83 +89,174 @@ class TotoForecaster:
             chain_opens=config.get("chain_opens", False),
         )
 
+    def executed_by(self, functions: Functions) -> Self:
+        other = copy.copy(self)
+        other.functions = functions
+        return other
+
     def check(self, item: ForecastInput) -> None:
         self.limits.check(item)
         if item.aggregate not in ("median", "mean"):
-            raise ModelError(f"Toto has no paths: aggregate {item.aggregate!r} is not median or mean", "aggregate")
+            raise ModelError(
+                f"Toto forecasts distributions: aggregate {item.aggregate!r} is not median or mean", "aggregate"
+            )
         if item.aggregate == "mean" and not self._transform.has_mean:
             raise ModelError("this version forecasts logarithms, whose price has no mean: use median", "aggregate")
+        if item.horizon > self._patch and item.sampling.samples > _SAMPLES[-1]:
+            raise ModelError(f"{_SAMPLES[-1]} paths are the most that are drawn", "samples")
 
     def max_rows(self, item: ForecastInput) -> int:
-        return max(1, _BATCH_CANDLES // bucket_of(len(item.candles), self._contexts))
+        rows = _BATCH_CANDLES // bucket_of(len(item.candles), self._contexts)
+        patches, samples = self._drawn(item)
+        if samples:
+            rows = min(rows, _PATH_BYTES // (samples * patches * len(VARIATES) * self.decoder.patch_bytes))
+        return max(1, rows)
 
     def bucket(self, item: ForecastInput) -> Hashable:
-        return bucket_of(len(item.candles), self._contexts)
+        return bucket_of(len(item.candles), self._contexts), *self._drawn(item)
+
+    def _drawn(self, item: ForecastInput) -> tuple[int, int]:
+        """Patches of the horizon and the bucket of its paths: 1 and 0 where one pass answers."""
+        patches = -(-item.horizon // self._patch)
+        return patches, bucket_of(item.sampling.samples, _SAMPLES) if patches > 1 else 0
 
     def encode(self, item: ForecastInput) -> Row:
-        return {"series": self._transform.encode(item.candles, len(item.candles)).T.astype(np.float32)}
+        row: dict[str, np.ndarray] = {
+            "series": self._transform.encode(item.candles, len(item.candles)).T.astype(np.float32)
+        }
+        patches, samples = self._drawn(item)
+        if samples:
+            uniforms = draw_uniforms(item.seed, item.sampling.samples, patches, len(VARIATES) * self._patch * 2)
+            row["uniforms"] = uniforms.reshape(-1, patches, len(VARIATES), self._patch, 2).transpose(1, 2, 0, 3, 4)
+        return row
 
     def prepare(self, inputs: Sequence[ForecastInput], rows: Sequence[Row] | None = None) -> Batch:
         rows = rows or [self.encode(item) for item in inputs]
         count, length = pad_rows(len(inputs)), bucket_of(max(len(i.candles) for i in inputs), self._contexts)
-        values = np.zeros((count, len(VARIATES), length), dtype=np.float32)
-        weights = np.zeros((count, 1, length), dtype=np.float32)
+        patches, samples = (max(sizes) for sizes in zip(*(self._drawn(item) for item in inputs), strict=True))
+        arrays: dict[str, np.ndarray] = {
+            "values": np.zeros((count, len(VARIATES), length), dtype=np.float32),
+            "weights": np.zeros((count, 1, length), dtype=np.float32),
+        }
+        if samples:
+            arrays["uniforms"] = np.zeros((count, patches, len(VARIATES), samples, self._patch, 2))
         for index, row in enumerate(rows):
             first = length - row["series"].shape[1]
-            values[index, :, first:], weights[index, :, first:] = row["series"], 1
-        device = self.decoder.head.device
-        tensors = {"values": torch.from_numpy(values).to(device), "weights": torch.from_numpy(weights).to(device)}
-        return Batch(inputs, tensors, count)
+            arrays["values"][index, :, first:], arrays["weights"][index, :, first:] = row["series"], 1
+            if samples:
+                arrays["uniforms"][index, :, :, : row["uniforms"].shape[2]] = row["uniforms"]
+        for name in ("values", "weights"):
+            arrays[name] = arrays[name].reshape(*arrays[name].shape[:2], -1, self._patch)
+        device = self.decoder.device
+        return Batch(inputs, {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}, count)
 
     @torch.inference_mode()
     def run(self, batch: Batch, wanted: Wanted = always) -> Raw:
-        projected, loc, scale = self.decoder(batch.tensors["values"], batch.tensors["weights"])
-        return {"projected": projected, "loc": loc, "scale": scale}
+        context = (batch.tensors["values"], batch.tensors["weights"])
+        if "uniforms" in batch.tensors:
+            return self._run_paths(context, batch.tensors["uniforms"], wanted)
+        return self.functions["forward"](*context)._asdict()  # type: ignore[no-any-return]
+
+    def _run_paths(self, context: tuple[Tensor, Tensor], uniforms: Tensor, wanted: Wanted) -> Raw:
+        """As `run`, with an axis of patches and one of paths, `[B, patches - 1, V, S, …]`, and the paths drawn."""
+        functions, patches, paths = self.functions, uniforms.shape[1], uniforms.shape[3]
+        first, prefix, reached = functions["prefill"](*context)
+        cache = Cache.empty(prefix, paths, patches - 1)
+        # Every path with statistics and head outputs of its own from the start: one shape for every step.
+        reached = Statistics(*(fact.repeat_interleave(paths, dim=-1) for fact in reached))
+        ahead = Projected(*(part.unsqueeze(2).repeat_interleave(paths, dim=2) for part in first))
+        drawn, later = [functions["draw"](ahead, uniforms[:, 0])], []
+        for index in range(patches - 1):
+            if not wanted():
+                raise Abandoned("nobody waits for these paths")
+            place = torch.tensor(index, device=uniforms.device)
+            ahead, reached, entries = functions["step"](drawn[-1], reached, prefix, cache, place)
+            cache.write(entries, index)
+            later.append(ahead)
+            drawn.append(functions["draw"](ahead, uniforms[:, index + 1]))
+        after = (torch.stack(parts, dim=1) for parts in zip(*later, strict=True))
+        named = dict(zip(("path_outputs", "path_loc", "path_scale"), after, strict=True))
+        return {**first._asdict(), **named, "paths": torch.stack([patch.values for patch in drawn], dim=1)}
 
     @torch.inference_mode()
     def finish(self, raw: Raw, batch: Batch) -> list[Forecast]:
-        rows, longest = len(batch.inputs), max(item.horizon for item in batch.inputs)
-        projected = raw["projected"][:rows, :, :longest].double().cpu()
-        loc, scale = (raw[name][:rows, :, None].double().cpu() for name in ("loc", "scale"))  # [B, V, 1]
-        steps = self.network.mixture(projected)  # [B, V, H, K]
-        closes = [self._transform.encode(item.candles, len(item.candles))[-1, CLOSE] for item in batch.inputs]
-        reached = (torch.tensor(closes)[:, None] - loc[:, CLOSE]) / scale[:, CLOSE]
-        above = 1 - student_mixture.cdf(_variates(steps, CLOSE), reached.expand(-1, longest))
-        medians, means = student_mixture.quantiles(steps, (0.5,))[0], student_mixture.mean(steps)
-        levels = tuple(sorted({level for item in batch.inputs for level in item.levels}))
-        spread = student_mixture.quantiles(_variates(steps, list(_QUANTILE_VARIATES)), levels)  # [Q, B, 3, H]
-        forecasts = []
-        for row, item in enumerate(batch.inputs):
-            central = (medians if item.aggregate == "median" else means)[row]
-            chosen = spread[[levels.index(level) for level in item.levels], row]
-            values = torch.cat([central.unsqueeze(0), central.repeat(len(item.levels), 1, 1)])  # [1 + Q, V, H]
-            values[1:, list(_QUANTILE_VARIATES)] = chosen
-            unscaled = (values * scale[row] + loc[row]).transpose(-1, -2)[:, : item.horizon].numpy()
-            forecasts.append(self._forecast(item, unscaled, above[row, : item.horizon].numpy()))
-        return forecasts
+        # Row by row: what a row costs and every bit of it depend on the row alone.
+        host = {name: tensor[: len(batch.inputs)].cpu() for name, tensor in raw.items()}
+        return [
+            self._forecast(item, {name: tensor[row] for name, tensor in host.items()})
+            for row, item in enumerate(batch.inputs)
+        ]
 
-    def _forecast(self, item: ForecastInput, values: Floats, prob_up: Floats) -> Forecast:
-        """From the point and the quantiles `[1 + Q, H, V]` in the network's units."""
-        rows = floor_prices(self._transform.decode(values, item.candles), item.last_close)
-        if self._chain_opens:
-            rows[0, :, OPEN] = np.concatenate([[item.last_close], rows[0, :-1, CLOSE]])
+    def _forecast(self, item: ForecastInput, raw: Mapping[str, Tensor]) -> Forecast:
+        """From one row of what `run` returned."""
+        loc, scale = raw["loc"].double().unsqueeze(-1), raw["scale"].double().unsqueeze(-1)  # [V, 1]
+        closes = self._transform.encode(item.candles, len(item.candles))[:, CLOSE]
+        reached = (float(closes[-1]) - loc[CLOSE]) / scale[CLOSE]
+        parts = [_summary(steps, item, reached) for steps in self._mixtures(item, raw)]
+        values, above = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
+        rows = self._candles(item, (values * scale + loc).transpose(-1, -2).numpy())
+        paths = None
+        if item.with_paths and "paths" in raw:
+            drawn = raw["paths"][:, :, : item.sampling.samples].double().permute(2, 0, 3, 1).flatten(1, 2)
+            paths = repair_ohlc(self._candles(item, drawn[:, : item.horizon].numpy()))
         return checked(
             Forecast(
                 point=rows[0],
                 levels=item.levels,
                 quantiles={name: rows[1:, :, VARIATES.index(name)] for name in QUANTILE_COLUMNS},
-                prob_up=prob_up,
-                warnings=self._warnings(item),
+                prob_up=above.numpy(),
+                paths=paths,
+                warnings=self._warnings(item, closes),
             )
         )
 
-    def _warnings(self, item: ForecastInput) -> tuple[str, ...]:
-        seen = self._transform.encode(item.candles, len(item.candles))[:, CLOSE]
-        if seen.var() >= _VARIANCE_FLOOR:
-            return ()
-        return ("these closes move less than the network's scaler resolves: the bands are too wide",)
+    def _mixtures(self, item: ForecastInput, raw: Mapping[str, Tensor]) -> list[Mixture]:
+        """The mixtures `[V, steps, K]` of the horizon, in pieces and in units of the first; later ones of all paths."""
+        found = [TotoNetwork.mixture(raw["outputs"][:, : item.horizon].double())]
+        samples, patches = item.sampling.samples, -(-item.horizon // self._patch)
+        for index in range(patches - 1):
+            left = item.horizon - (index + 1) * self._patch
+            steps = TotoNetwork.mixture(raw["path_outputs"][index, :, :samples, :left].double())  # [V, S, steps, K]
+            unit = raw["scale"].double()[:, None, None, None]
+            shift = (raw["path_loc"][index, :, :samples] - raw["loc"].unsqueeze(-1).double())[..., None, None] / unit
+            growth = raw["path_scale"][index, :, :samples, None, None].double() / unit
+            weights = steps.log_weights - float(np.log(samples))
+            pooled = (steps.df, shift + growth * steps.loc, growth * steps.scale, weights)
+            flat = (parameter.transpose(1, 2).flatten(2) for parameter in pooled)  # [V, steps, S * K]
+            at_once = max(1, _AT_ONCE // (len(VARIATES) * samples * steps.df.shape[-1]))
+            found += [
+                Mixture(*part) for part in zip(*(parameter.split(at_once, dim=1) for parameter in flat), strict=True)
+            ]
+        return found
+
+    def _candles(self, item: ForecastInput, values: Floats) -> Floats:
+        """Prices above zero and volumes `[…, H, V]` of the network's `values`."""
+        rows = floor_prices(self._transform.decode(values, item.candles), item.last_close)
+        if self._chain_opens:
+            rows[..., 1:, OPEN] = rows[..., :-1, CLOSE]
+            rows[..., 0, OPEN] = item.last_close
+        return rows
+
+    def _warnings(self, item: ForecastInput, closes: Floats) -> tuple[str, ...]:
+        found = []
+        if item.horizon > self._patch:
+            found.append(f"steps beyond {self._patch} are sampled, {item.sampling.samples} paths")
+        if closes.var() < MINIMUM_VARIANCE:
+            found.append("these closes move less than the network's scaler resolves: the bands are too wide")
+        return tuple(found)
 
 
-def _variates(steps: Mixture, index: int | list[int]) -> Mixture:
-    """The mixtures `[B, …, H, K]` of some variates."""
-    return Mixture(*(parameter[:, index] for parameter in steps))
+def _summary(steps: Mixture, item: ForecastInput, reached: Tensor) -> tuple[Tensor, Tensor]:
+    """Point and quantiles `[1 + Q, V, H]` of mixtures `[V, H, K]`, and P(close > reached) `[H]`."""
+    table = tabulate(steps)
+    wanted = tuple(sorted({*item.levels, 0.5})) if item.aggregate == "median" else item.levels
+    bands = quantiles(table.part(_BANDS), wanted)  # [Q, 3, H]
+    if item.aggregate == "median":
+        point = torch.empty(steps.loc.shape[:-1], dtype=torch.float64)
+        point[_BANDS] = bands[wanted.index(0.5)]
+        point[_OTHERS] = quantiles(table.part(_OTHERS), (0.5,))[0]
+    else:
+        point = mean(table)
+    values = point.repeat(1 + len(item.levels), 1, 1)
+    values[1:, _BANDS] = bands[[wanted.index(level) for level in item.levels]]
+    return values, 1 - cdf(table.part(CLOSE), reached)

@@ -1,4 +1,4 @@
-"""Toto 1.0: patch embedding, time-wise and variate-wise attention, a Student-T mixture head.
+"""Toto 1.0 as it is trained: patch embedding, time-wise and variate-wise attention, a Student-T mixture head.
 
 Module names are those of the published checkpoint (Cohen et al. 2025, arXiv 2505.14766).
 Axes: B batch, V variates, T time, P patches, D width, N heads, K mixture components, S steps of one patch.
@@ -18,7 +18,7 @@ from models.toto.scaler import causal_patch_scale
 _SCALER = "<class 'model.scaler.CausalPatchStdMeanScaler'>"
 _MIXTURE = "<class 'model.distribution.MixtureOfStudentTsOutput'>"
 _IGNORED = {"dropout", "use_memory_efficient_attention", "pre_xformers_checkpoint"}  # no effect on the numbers
-_XPOS_BASE = 512
+XPOS_BASE = 512
 
 
 @dataclass(frozen=True)
@@ -92,28 +92,25 @@ class Attention(nn.Module):
         self.wQKV = nn.Linear(config.embed_dim, 3 * config.embed_dim)
         self.wO = nn.Linear(config.embed_dim, config.embed_dim)
 
-    def forward(self, x: Tensor, rotary: "Rotary | None", mask: Tensor | None, queries: int) -> Tensor:
-        """`x` `[B, T, D]` to `[B, queries, D]`: the last `queries` positions attend to all that `mask` allows."""
+    def forward(self, x: Tensor, rotary: "Rotary | None", mask: Tensor | None) -> Tensor:
+        """`x` `[B, T, D]` to `[B, T, D]`: positions attend to all that `mask` allows."""
         q, k, v = self.wQKV(x).unflatten(-1, (3, -1, self.heads)).permute(2, 0, 4, 1, 3)  # each [B, N, T, D/N]
         if rotary is not None:
             q, k = rotary(q, 1.0), rotary(k, -1.0)
-        out = F.scaled_dot_product_attention(q[:, :, -queries:], k, v, attn_mask=mask)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         projected: Tensor = self.wO(merge_heads(out))
         return projected
 
 
 class Rotary:
-    """Rotary embedding with xpos decay (Sun et al. 2022, arXiv 2212.10554) at positions 0 … P - 1.
-
-    Only differences of positions reach the attention scores, so leading padding patches change nothing.
-    """
+    """Rotary embedding with xpos decay (Sun et al. 2022, arXiv 2212.10554) at positions 0 … P - 1."""
 
     def __init__(self, patches: int, width: int, device: torch.device) -> None:
         positions = torch.arange(patches, device=device)
         angles = rotary_angles(positions, width).repeat_interleave(2, dim=-1)
         self.cos, self.sin = angles.cos(), angles.sin()  # [P, D/N]
         base = (torch.arange(0, width, 2, device=device) + 0.4 * width) / (1.4 * width)
-        power = (positions - patches // 2).unsqueeze(-1) / _XPOS_BASE
+        power = (positions - patches // 2).unsqueeze(-1) / XPOS_BASE
         # The checkpoint was trained with decays laid out in halves although angles are laid out in pairs.
         self.decay = (base**power).repeat(1, 2)
 
@@ -140,17 +137,16 @@ class Layer(nn.Module):
             }
         )
 
-    def forward(self, x: Tensor, rotary: Rotary, mask: Tensor, queries: int) -> Tensor:
-        """`x` `[B, V, P, D]` to `[B, V, queries, D]`; `mask` `[B * V, 1, P, P]` is for time-wise layers."""
+    def forward(self, x: Tensor, rotary: Rotary, mask: Tensor) -> Tensor:
+        """`x` `[B, V, P, D]` to the same; `mask` `[B * V, 1, P, P]` is for time-wise layers."""
         normed = self.norm1(x)
         if self.spacewise:
             across = normed.transpose(1, 2).flatten(0, 1)  # [B * P, V, D]
-            attended = self.attention(across, None, None, x.shape[1])
+            attended = self.attention(across, None, None)
             attended = attended.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
         else:
-            attended = self.attention(normed.flatten(0, 1), rotary, mask[:, :, -queries:], queries)
-            attended = attended.unflatten(0, x.shape[:2])
-        x = x[:, :, -queries:] + attended
+            attended = self.attention(normed.flatten(0, 1), rotary, mask).unflatten(0, x.shape[:2])
+        x = x + attended
         gate, value = self.mlp["0"](self.norm2(x)).chunk(2, dim=-1)
         out: Tensor = x + self.mlp["2"](swiglu(gate, value))
         return out
@@ -202,19 +198,13 @@ class TotoNetwork(nn.Module):
         self.transformer = Transformer(config)
         self.unembed = nn.Linear(config.embed_dim, config.embed_dim * config.patch_size)
         self.output_distribution = MixtureHead(config.embed_dim, config.components)
-        timewise = [i for i in range(config.num_layers) if not config.is_spacewise(i)]
-        self._last_timewise = timewise[-1] if timewise else 0
 
     def scale(self, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Location and scale per patch, `[B, V, P]` each."""
-        return causal_patch_scale(values, weights, self.config.patch_size, self.config.scale_exponent)
+        return causal_patch_scale(values, weights, self.config.patch_size, self.config.scale_exponent)[:2]
 
-    def embed(self, values: Tensor, weights: Tensor, loc: Tensor, scale: Tensor, patches: int) -> Tensor:
-        """Hidden states `[B, V, patches, D]` of the last `patches` patches.
-
-        Layers after the last time-wise one see no other patch, so earlier ones are dropped there.
-        Patches without a single real candle are masked out of attention.
-        """
+    def embed(self, values: Tensor, weights: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
+        """Hidden states `[B, V, P, D]`. Patches without a single real candle are masked out of attention."""
         B, V, T = values.shape
         S = self.config.patch_size
         scaled = (values.unflatten(-1, (-1, S)) - loc.unsqueeze(-1)) / scale.unsqueeze(-1)
@@ -225,18 +215,20 @@ class TotoNetwork(nn.Module):
         mask = mask | torch.eye(P, dtype=torch.bool, device=values.device)  # padding rows see themselves: no 0 / 0
         mask = mask.expand(B, V, P, P).flatten(0, 1).unsqueeze(1)
         rotary = Rotary(P, self.config.embed_dim // self.config.num_heads, values.device)
-        for index, layer in enumerate(self.transformer.layers):
-            x = layer(x, rotary, mask, x.shape[2] if index < self._last_timewise else patches)
+        for layer in self.transformer.layers:
+            x = layer(x, rotary, mask)
         return x
 
-    def composed_head(self) -> tuple[Tensor, Tensor]:
+    def composed_head(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Unembedding and mixture head as one map `[S, 4K, D]` and bias `[S, 4K]`: both are linear."""
         S, D = self.config.patch_size, self.config.embed_dim
-        head, bias = self.output_distribution.stacked()
-        weight = torch.einsum("kd,sde->ske", head, self.unembed.weight.view(S, D, D))
-        return weight, self.unembed.bias.view(S, D) @ head.T + bias
+        head, bias = (part.to(dtype) for part in self.output_distribution.stacked())
+        unembed, unembed_bias = self.unembed.weight.to(dtype), self.unembed.bias.to(dtype)
+        weight = torch.einsum("kd,sde->ske", head, unembed.view(S, D, D))
+        return weight, unembed_bias.view(S, D) @ head.T + bias
 
-    def mixture(self, projected: Tensor) -> Mixture:
+    @staticmethod
+    def mixture(projected: Tensor) -> Mixture:
         """Mixture parameters of head outputs `[..., 4K]`."""
         df, loc, scale, logits = projected.chunk(4, dim=-1)
         tiny = torch.finfo(projected.dtype).eps

@@ -33,8 +33,8 @@ def settle(request: ForecastRequest, model: LoadedModel) -> Parameters:
     horizon = request.horizon or min(serving.get("horizon", DEFAULT_HORIZON[model.family]), limits.max_horizon)
     if horizon > limits.max_horizon:
         raise ModelError(f"the model forecasts {limits.max_horizon} steps at most", "horizon", "horizon_too_long")
-    draws = model.family == "kronos" or (model.family == "toto" and horizon > _TOTO_PASS)
-    _refuse_unused(request, model.family, draws)
+    used = _sampling_used(model.family, horizon)
+    _refuse_unused(request, model.family, used)
     given = {name: value for name in _SAMPLING if (value := getattr(request, name)) is not None}
     return Parameters(
         horizon=horizon,
@@ -42,7 +42,7 @@ def settle(request: ForecastRequest, model: LoadedModel) -> Parameters:
         exact_lookback=request.lookback is not None,
         levels=tuple(request.quantiles),
         sampling=replace(served_sampling(serving), **given),
-        draws=draws,
+        draws=bool(used),
         aggregate=request.aggregate or serving.get("aggregate", "median"),
         paths=request.paths,
     )
@@ -57,9 +57,16 @@ def require_enough(got: int, parameters: Parameters, limits: ModelLimits) -> Non
         raise InputError(detail, pointer, "too_few_candles", needed=needed, got=got)
 
 
-def _refuse_unused(request: ForecastRequest, family: str, draws: bool) -> None:
-    unused = [] if draws else [name for name in _SAMPLING if getattr(request, name) is not None]
-    if request.paths and not draws:
+def _sampling_used(family: str, horizon: int) -> tuple[str, ...]:
+    """The sampling settings that have a meaning: Toto draws beyond one pass, from its mixtures as they are."""
+    if family == "toto":
+        return ("samples",) if horizon > _TOTO_PASS else ()
+    return _SAMPLING if family == "kronos" else ()
+
+
+def _refuse_unused(request: ForecastRequest, family: str, used: tuple[str, ...]) -> None:
+    unused = [name for name in _SAMPLING if name not in used and getattr(request, name) is not None]
+    if request.paths and not used:
         unused.append("paths")
     if request.aggregate is not None and family == "naive":
         unused.append("aggregate")

@@ -173,6 +173,25 @@ async def test_toto_refuses_what_it_does_not_use(client: Any, put_naive: Any, ro
     assert (await client.post("/forecast/BTC", json={"candles": rows(), "seed": 3})).status_code == 200
 
 
+async def test_toto_draws_paths_beyond_one_pass_but_knows_no_temperature(
+    client: Any, put_naive: Any, rows: Any
+) -> None:
+    put_naive("toto-demo", family="toto")
+    body = {"candles": rows(), "horizon": 65}
+    for fields in ({"temperature": 0.5}, {"top_p": 0.5}, {"top_k": 1}):
+        answer = await client.post("/forecast/BTC", json=body | fields)
+        assert_problem(answer, 422, "unsupported_parameter", f"/{next(iter(fields))}")
+    answer = await client.post("/forecast/BTC", json=body | {"samples": 8, "paths": True})
+    assert answer.status_code == 200
+    assert answer.json()["meta"]["samples"] == 8
+
+
+async def test_a_toto_stored_with_one_pass_keeps_its_limit(client: Any, put_naive: Any, rows: Any) -> None:
+    put_naive("toto-demo", family="toto", limits={"min_context": 2, "max_context": 4096, "max_horizon": 64})
+    answer = await client.post("/forecast/BTC", json={"candles": rows(), "horizon": 65})
+    assert_problem(answer, 422, "horizon_too_long", "/horizon")
+
+
 async def test_kronos_counts_lookback_and_horizon_together(client: Any, put_naive: Any, rows: Any) -> None:
     limits = {"min_context": 2, "max_context": 511, "max_horizon": 510, "max_total": 512}
     put_naive("kronos-demo", family="kronos", limits=limits)

@@ -93,7 +93,7 @@ def test_loss_is_the_likelihood_of_a_slow_loop(toto, samples, split):
     values = torch.from_numpy(transform.encode(candles, 64).astype(np.float32)).transpose(1, 2)
     ours = float(objective._loss(values).detach())
     loc, scale = toto.scale(values[..., :64], torch.ones(2, 1, 64))
-    hidden = toto.embed(values[..., :64], torch.ones(2, 1, 64), loc, scale, 4)
+    hidden = toto.embed(values[..., :64], torch.ones(2, 1, 64), loc, scale)
     weights, total = (1, 1, 1, 2.0, 0.2), 0.0
     head, bias = toto.output_distribution.stacked()
     for variate, weight in enumerate(weights):

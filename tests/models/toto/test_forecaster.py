@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from models.candles import check_candles, with_amount
-from models.forecaster import ModelError, forecast
+from models.forecaster import Abandoned, ModelError, forecast
 from models.toto.forecaster import TotoForecaster
 from models.toto.network import TotoConfig, TotoNetwork
 from models.toto.transform import LogScales
@@ -41,11 +41,76 @@ def test_forecast_has_the_same_bits_alone_and_in_a_batch(toto, make_request):
         assert_same_bits(forecast(toto, batch)[place], alone)
 
 
+def test_paths_have_the_same_bits_alone_and_in_a_batch(toto, make_request):
+    item = make_request(200, 150, seed=5, samples=5, with_paths=True)
+    alone = forecast(toto, [item])[0]
+    for rows in (1, 2, 6):
+        others = [make_request(256 - 9 * i, 129 + 10 * i, seed=50 + i, samples=8 - i % 3) for i in range(rows)]
+        assert {toto.bucket(other) for other in others} == {toto.bucket(item)}
+        place = rows // 2
+        together = forecast(toto, [*others[:place], item, *others[place:]])[place]
+        assert_same_bits(together, alone)
+        assert together.paths.tobytes() == alone.paths.tobytes()
+
+
+def test_first_patch_of_a_long_horizon_is_the_one_pass_forecast(toto, make_request):
+    short, long = (forecast(toto, [make_request(300, h, seed=15, samples=8)])[0] for h in (64, 150))
+    for name, values in short.quantiles.items():
+        np.testing.assert_allclose(long.quantiles[name][:, :64], values, rtol=1e-9)
+    assert short.warnings == ()
+    assert long.warnings == ("steps beyond 64 are sampled, 8 paths",)
+
+
+def test_paths_are_candles_around_the_quantiles_and_follow_the_seed(toto, make_request):
+    asked = make_request(300, 150, seed=16, samples=64, with_paths=True)
+    result = forecast(toto, [asked])[0]
+    assert result.paths.shape == (64, 150, 5)
+    for path in result.paths[:4]:
+        check_candles(with_amount(path))
+    low, high = result.quantiles["close"][[0, -1]]
+    inside = ((result.paths[..., 3] >= low) & (result.paths[..., 3] <= high)).mean(axis=0)
+    assert inside[:64].mean() == pytest.approx(0.8, abs=0.03)
+    assert inside[64:].mean() == pytest.approx(0.8, abs=0.03)
+    assert (np.diff(result.quantiles["close"], axis=0) > 0).all()
+    assert not np.array_equal(forecast(toto, [replace(asked, seed=17)])[0].paths, result.paths)
+    assert forecast(toto, [make_request(300, 64, seed=16, with_paths=True)])[0].paths is None
+
+
+def test_mean_of_a_long_horizon_is_the_paths_mean(toto, make_request):
+    result = forecast(toto, [make_request(300, 128, seed=18, samples=256, aggregate="mean", with_paths=True)])[0]
+    closes = result.paths[:, 64:, 3]
+    errors = (closes.mean(axis=0) - result.point[64:, 3]) / (closes.std(axis=0) / 16)
+    assert abs(errors.mean()) < 0.5
+
+
+def test_one_pass_requests_never_wait_for_paths(toto, make_request):
+    one_pass = toto.bucket(make_request(200, 64, seed=1, samples=8))
+    assert one_pass == toto.bucket(make_request(200, 3, seed=1, samples=32))
+    assert len({one_pass, *(toto.bucket(make_request(200, h, seed=1, samples=8)) for h in (65, 129, 512))}) == 4
+
+
+def test_horizons_and_paths_beyond_the_limits_are_refused(toto, make_request):
+    toto.check(make_request(300, 512, seed=1, samples=256))
+    toto.check(make_request(300, 64, seed=1, samples=257))
+    with pytest.raises(ModelError, match="512 steps at most"):
+        toto.check(make_request(300, 513, seed=1))
+    with pytest.raises(ModelError, match="256 paths"):
+        toto.check(make_request(300, 65, seed=1, samples=257))
+    assert toto.max_rows(make_request(300, 512, seed=1, samples=256)) < toto.max_rows(make_request(300, 64, seed=1))
+
+
+def test_paths_nobody_waits_for_stop_between_patches(toto, make_request):
+    batch = toto.prepare([make_request(200, 200, seed=1, samples=4)])
+    answers = iter([True, False])
+    with pytest.raises(Abandoned):
+        toto.run(batch, lambda: next(answers))
+
+
 def test_padding_patches_change_nothing(toto, make_request):
     short, long = make_request(256, 64, seed=6), make_request(512, 64, seed=7)
     together = toto.prepare([short, long])  # both in the bucket of 512
     apart = toto.prepare([short])
-    assert together.tensors["values"].shape[-1] == 2 * apart.tensors["values"].shape[-1]
+    assert together.tensors["values"].shape[-2] == 2 * apart.tensors["values"].shape[-2]
     wide, narrow = toto.finish(toto.run(together), together)[0], toto.finish(toto.run(apart), apart)[0]
     np.testing.assert_allclose(wide.quantiles["close"], narrow.quantiles["close"], rtol=1e-5)
 
@@ -53,9 +118,9 @@ def test_padding_patches_change_nothing(toto, make_request):
 def test_values_of_a_partial_first_patch_matter_but_those_of_padding_do_not(toto, make_request):
     item = make_request(200, 64, seed=8)
     batch = toto.prepare([item])
-    base = toto.run(batch)["projected"]
-    assert not torch.equal(toto.run(toto.prepare([replace(item, candles=item.candles[1:])]))["projected"], base)
-    masked = batch.tensors["weights"][0, 0] == 0
+    base = toto.run(batch)["outputs"]
+    assert not torch.equal(toto.run(toto.prepare([replace(item, candles=item.candles[1:])]))["outputs"], base)
+    masked = batch.tensors["weights"][0] == 0
     assert int(masked.sum()) == 56
 
 
@@ -77,7 +142,7 @@ def test_prob_up_agrees_with_the_quantiles(toto, make_request):
 
 
 def test_aggregate_other_than_median_and_mean_is_refused(toto, make_request):
-    with pytest.raises(ModelError, match="no paths"):
+    with pytest.raises(ModelError, match="median or mean"):
         forecast(toto, [make_request(300, 8, seed=11, aggregate="p10")])
 
 

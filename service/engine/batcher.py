@@ -181,6 +181,11 @@ class Batcher:
                 self._seconds_of(bucket, len(waiting)) for bucket, waiting in self._waiting.items()
             )
 
+    def has_full_batch(self) -> bool:
+        """As many jobs wait in one bucket as fit in a batch."""
+        with self._changed:
+            return any(len(waiting) >= self._rows_of(waiting[0]) for waiting in self._waiting.values())
+
     def close(self) -> list[Job]:
         """Wake the engine for the last time and hand back whatever waits."""
         with self._changed:

@@ -124,7 +124,7 @@ class Cache:
     async def _read(self, key: bytes) -> Kept | None:
         with contextlib.suppress(*REDIS_ERRORS):
             with self._metrics.redis_operation("cache_read"):
-                packed = await self._state.redis.get(_slot(key))
+                packed: Any = await self._state.redis.get(_slot(key))
             return _unpack(packed, key)
         self._pause()
         return None

@@ -57,8 +57,8 @@ class _Running:
 class Engine:
     """Late binding: a batch is whatever waits in one bucket at the moment the thread is free.
 
-    A lone request passes through one thread. While others wait, requests are encoded as they come and a batch
-    is finished beside the next one's run.
+    A lone request passes through one thread. While a batch runs, requests are encoded as they come, and while
+    another whole batch waits, it is finished beside that one's run.
     """
 
     def __init__(self, batcher: Batcher, metrics: Metrics, watchdog_seconds: float) -> None:
@@ -145,13 +145,16 @@ class Engine:
             self._compute(running)
 
     def _compute(self, running: _Running) -> None:
-        """Run a batch, and finish it too unless requests wait for this thread."""
+        """Run a batch, and finish it too unless a whole batch waits for this thread.
+
+        Finished beside the next run, a smaller queue would only be run before the callers of this batch are back.
+        """
         try:
             batch, raw = self._run(running)
         except Exception as error:  # noqa: BLE001 - it fails this batch and must not end the thread
             self._fail(running, error)
             return
-        if not self._batcher.depth:
+        if not self._batcher.has_full_batch():
             self._finish(running, batch, raw)
             return
         if self._finishing:

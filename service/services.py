@@ -46,7 +46,7 @@ class Services:
         return () if self.state.up else ("history",)
 
 
-def _of(request: Request) -> Services:
+async def _of(request: Request) -> Services:  # async, or FastAPI takes a thread for it
     services: Services = request.app.state.services
     return services
 

@@ -139,11 +139,13 @@ class Batcher:
     def put_back(self, jobs: list[Job]) -> bool:
         """Queue each of `jobs` for a batch of its own; False once closed."""
         with self._changed:
+            if self._closed:
+                return False
             for job in jobs:
                 job.alone = True
                 self._waiting.setdefault(job.bucket, []).append(job)
             self._changed.notify()
-            return not self._closed
+            return True
 
     def join(self, job: Job, deadline: float) -> bool:
         """Wait for `job` too, in time for another deadline; False if it is being given up."""

@@ -48,16 +48,22 @@ def body_of(rows: Any, **fields: Any) -> bytes:
     return json.dumps(NAIVE | {"candles": rows(8), **fields}).encode()
 
 
-async def over_asgi(app: Any, body: bytes, hang_up: asyncio.Event) -> list[Any]:
-    """The messages of an answer over ASGI itself, where a hang-up is a message."""
+def caller(body: bytes, hang_up: asyncio.Event) -> Any:
+    """What a server hands to the application: a body, and a message when its sender hangs up."""
     messages = iter([{"type": "http.request", "body": body, "more_body": False}])
-    sent: list[Any] = []
 
     async def receive() -> Any:
         for message in messages:
             return message
         await hang_up.wait()
         return {"type": "http.disconnect"}
+
+    return receive
+
+
+async def over_asgi(app: Any, receive: Any) -> list[Any]:
+    """The messages of an answer over ASGI itself."""
+    sent: list[Any] = []
 
     async def send(message: Any) -> None:
         sent.append(message)
@@ -215,7 +221,7 @@ async def test_a_disconnected_caller_leaves_the_queue(running: Any, rows: Any, f
     async with running(build=faulty_build) as (client, app):
         first = await held(client, rows, faulty)
         hang_up = asyncio.Event()
-        call = asyncio.create_task(over_asgi(app, body_of(rows, seed=1), hang_up))
+        call = asyncio.create_task(over_asgi(app, caller(body_of(rows, seed=1), hang_up)))
         await until(lambda: waiting(app) == 1)
         hang_up.set()
         await call

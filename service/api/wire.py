@@ -168,12 +168,13 @@ def _plain_object(body: bytes) -> dict[str, Any] | None:
 
     The fast parser lets a later key win; where there are as many colons as keys, no key came twice.
     """
+    if body.count(b"{") != 1:
+        return None
     try:
         parsed = from_json(body)
     except ValueError:  # the thorough parser says what is wrong
         return None
-    plain = isinstance(parsed, dict) and body.count(b"{") == 1 and body.count(b":") == len(parsed)
-    return parsed if plain else None
+    return parsed if isinstance(parsed, dict) and body.count(b":") == len(parsed) else None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -24,11 +24,11 @@ def ask(client: Any, rows: Any, **body: Any) -> asyncio.Task[Any]:
     return asyncio.create_task(client.post("/forecast/BTC", json=NAIVE | {"candles": rows(8), **body}))
 
 
-async def held(client: Any, rows: Any, faulty: Any) -> asyncio.Task[Any]:
+async def held(client: Any, rows: Any, faulty: Any, **body: Any) -> asyncio.Task[Any]:
     """A request that the engine is computing and will go on computing until `faulty.open` is set."""
     faulty.open.clear()
     faulty.entered.clear()
-    first = ask(client, rows, seed=0)
+    first = ask(client, rows, seed=0, **body)
     await until(faulty.entered.is_set)
     return first
 
@@ -129,6 +129,28 @@ async def test_a_late_request_answers_504_and_is_never_computed(
         assert (await first).status_code == 200
         assert (await ask(client, rows, seed=2)).status_code == 200
     assert faulty.batches == [[0], [2]]
+
+
+async def test_what_cannot_be_in_time_is_refused_at_once(
+    running: Any, rows: Any, faulty: Any, faulty_build: Any
+) -> None:
+    async with running(build=faulty_build) as (client, app):
+        version = (await ask(client, rows, seed=7)).json()["model"]["version"]
+        batcher = app.state.services.engine._batcher
+        batcher.record(("naive", version, "eager", "float32", 3), 1, 50.0)  # a fifth of it counts
+        batcher.record(("naive", version, "eager", "float32", 5), 1, 1000.0)
+        hopeless = await ask(client, rows, seed=1, timeout_ms=90_000, horizon=5)
+        assert (hopeless.status_code, hopeless.json()["code"]) == (504, "deadline_exceeded")
+        assert counted(app, "refusals_total", reason="deadline") == 1
+        first = await held(client, rows, faulty, timeout_ms=600_000)
+        crowded = await ask(client, rows, seed=2, timeout_ms=15_000)
+        assert crowded.status_code == 503
+        assert crowded.json()["code"] == "overloaded"
+        assert 1 <= int(crowded.headers["retry-after"]) <= 11
+        assert counted(app, "refusals_total", reason="queue") == 1
+        faulty.open.set()
+        assert (await first).status_code == 200
+    assert faulty.batches == [[7], [0]]
 
 
 async def test_a_cancelled_row_is_dropped_before_the_batch(

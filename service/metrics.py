@@ -13,6 +13,10 @@ RELEASES: Final = ("idle", "freed", "oldest_deadline", "full", "alone")
 ROW_KINDS: Final = ("asked", "padding")
 CACHE_RESULTS: Final = ("hit", "miss", "coalesced", "bypass")
 REFUSALS: Final = ("full", "queue", "deadline")
+REDIS_OPS: Final = (
+    *("history_put", "history_read", "history_calendars", "history_symbols"),
+    *("cache_read", "cache_write"),
+)
 PUT_RESULTS: Final = ("new", "duplicate", "restated", "unclosed")
 UNKNOWN_MODEL: Final = "_unknown"
 
@@ -114,6 +118,8 @@ class Metrics:
             buckets=_REDIS_SECONDS,
             registry=to,
         )
+        for op in REDIS_OPS:
+            self.redis_seconds.labels(op)
         self.redis_errors = Counter(
             "candlecast_redis_errors_total", "Operations on Redis that failed.", ["op", "kind"], registry=to
         )

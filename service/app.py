@@ -17,6 +17,8 @@ from service.api import errors
 from service.api.routes import candles, forecast, health, models
 from service.api.wire import BodyLimit, CountedAnswers, SymbolPaths
 from service.engine.batcher import Batcher
+from service.engine.cache import Cache
+from service.engine.door import Door
 from service.engine.engine import Engine
 from service.engine.history import History
 from service.engine.registry import Build, Registry
@@ -67,6 +69,7 @@ def _services(settings: Settings, build: Build, now: Clock) -> Services:
     state = State(settings.redis_url, settings.home, metrics)
     store = ModelStore(settings.store_root)
     selection = Selection(store, settings.home, settings.device, settings.runtime)
+    batcher = Batcher(settings.max_batch_rows)
     nicknames = {"toto": settings.toto, "kronos": settings.kronos}
     return Services(
         settings=settings,
@@ -74,7 +77,9 @@ def _services(settings: Settings, build: Build, now: Clock) -> Services:
         state=state,
         history=History(state, metrics),
         registry=Registry(store, build, nicknames, settings.device, selection, metrics),
-        engine=Engine(Batcher(settings.max_queue, settings.max_batch_rows), metrics),
+        door=Door(settings.max_queue + settings.max_batch_rows, batcher, metrics),
+        cache=Cache(state, settings.cache_bytes, metrics),
+        engine=Engine(batcher, metrics, settings.watchdog_seconds),
         now=now,
     )
 
@@ -93,6 +98,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     finally:
         services.draining = True
         await services.engine.stop()
+        await services.cache.stop()
         await calendar
         await services.registry.stop()
         await services.state.stop()

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -68,6 +69,7 @@ async def _serve(
             ]
             while not all(server.started for server in servers) and not any(task.done() for task in tasks):
                 await asyncio.sleep(0.01)
+            gc.freeze()  # a full collection would look through all of torch, in the middle of a request
             on_ready(Listening(_url(callers), _url(admin)))
             await asyncio.gather(*tasks)
     except StateError as error:

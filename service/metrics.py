@@ -9,6 +9,14 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 
 STAGES: Final = ("queue", "batch", "prepare", "run", "finish", "total")
 OUTCOMES: Final = ("ok", "degraded", "invalid", "overloaded", "timeout", "cancelled", "error")
+RELEASES: Final = ("idle", "freed", "oldest_deadline", "full", "alone")
+ROW_KINDS: Final = ("asked", "padding")
+CACHE_RESULTS: Final = ("hit", "miss", "coalesced", "bypass")
+REFUSALS: Final = ("full", "queue", "deadline")
+REDIS_OPS: Final = (
+    *("history_put", "history_read", "history_calendars", "history_symbols"),
+    *("cache_read", "cache_write"),
+)
 PUT_RESULTS: Final = ("new", "duplicate", "restated", "unclosed")
 UNKNOWN_MODEL: Final = "_unknown"
 
@@ -30,6 +38,7 @@ class Metrics:
         self.registry = registry
         self._http(registry)
         self._engine(registry)
+        self._cache(registry)
         self._state(registry)
 
     def _http(self, to: CollectorRegistry) -> None:
@@ -61,14 +70,43 @@ class Metrics:
         self.batch_rows = Histogram(
             "candlecast_batch_size", "Requests computed together.", ["model"], buckets=_ROWS, registry=to
         )
+        self.computed_rows = Counter(
+            "candlecast_computed_rows_total", "Rows computed: asked for, or padding.", ["model", "kind"], registry=to
+        )
+        self.batches_released = Counter(
+            "candlecast_batch_released_total",
+            "Batches by why they were no larger: the engine was idle, had been freed and took what waited, chose this"
+            " bucket for its deadline, had no room for more, or computed a row alone.",
+            ["model", "reason"],
+            registry=to,
+        )
+        self.batches_abandoned = Counter(
+            "candlecast_batches_abandoned_total", "Batches given up half-way: nobody waited.", ["model"], registry=to
+        )
+        self.refusals = Counter(
+            "candlecast_refusals_total",
+            "Requests refused early: no slot was free, the queue is too long for their deadline, or any would be.",
+            ["reason"],
+            registry=to,
+        )
+        for reason in REFUSALS:
+            self.refusals.labels(reason)
         self.queue_depth = Gauge("candlecast_queue_depth", "Requests waiting for the engine.", registry=to)
-        self.queue_capacity = Gauge("candlecast_queue_capacity", "Most requests that may wait.", registry=to)
+        self.queue_capacity = Gauge("candlecast_queue_capacity", "Most requests inside at a time.", registry=to)
         self.model_ready = Gauge(
             "candlecast_model_ready", "1 while a version of the model is loaded.", ["model"], registry=to
         )
         self.model_load_seconds = Gauge(
             "candlecast_model_load_seconds", "Time the newest load of the model took.", ["model"], registry=to
         )
+
+    def _cache(self, to: CollectorRegistry) -> None:
+        self.cache_requests = Counter(
+            "candlecast_cache_requests_total", "Forecasts by where they came from.", ["result"], registry=to
+        )
+        for result in CACHE_RESULTS:
+            self.cache_requests.labels(result)
+        self.cache_bytes = Gauge("candlecast_cache_bytes", "Size of the forecasts kept in memory.", registry=to)
 
     def _state(self, to: CollectorRegistry) -> None:
         self.degraded = Gauge("candlecast_degraded", "1 while something is out of order.", ["reason"], registry=to)
@@ -80,6 +118,8 @@ class Metrics:
             buckets=_REDIS_SECONDS,
             registry=to,
         )
+        for op in REDIS_OPS:
+            self.redis_seconds.labels(op)
         self.redis_errors = Counter(
             "candlecast_redis_errors_total", "Operations on Redis that failed.", ["op", "kind"], registry=to
         )
@@ -95,6 +135,11 @@ class Metrics:
             self.forecasts.labels(model, outcome)
         for stage in STAGES:
             self.stage_seconds.labels(model, stage)
+        for reason in RELEASES:
+            self.batches_released.labels(model, reason)
+        for kind in ROW_KINDS:
+            self.computed_rows.labels(model, kind)
+        self.batches_abandoned.labels(model)
 
     @contextlib.contextmanager
     def redis_operation(self, op: str) -> Iterator[None]:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from service.engine.cache import Cache
+from service.engine.door import Door
 from service.engine.engine import Engine
 from service.engine.history import History
 from service.engine.registry import Registry
@@ -31,6 +33,8 @@ class Services:
     state: State
     history: History
     registry: Registry
+    door: Door
+    cache: Cache
     engine: Engine
     now: Clock = field(default=wall_clock)
     started: bool = False
@@ -42,7 +46,7 @@ class Services:
         return () if self.state.up else ("history",)
 
 
-def _of(request: Request) -> Services:
+async def _of(request: Request) -> Services:  # async, or FastAPI takes a thread for it
     services: Services = request.app.state.services
     return services
 

@@ -1,7 +1,7 @@
 """A computed forecast as the answer that the documentation promises."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -12,16 +12,19 @@ from models.candles import CLOSE, Floats
 from models.forecaster import Forecast, ForecastInput, InvalidModelOutput
 from service.api.parameters import Parameters
 from service.api.schemas import (
-    ForecastAnswer,
+    CacheResult,
+    LastingAnswer,
     Meta,
     ModelName,
     Naive,
+    PassingAnswer,
     ReturnForecast,
     Returns,
     Skill,
     TimingsMs,
 )
 from service.engine.batcher import Computed
+from service.engine.cache import Kept, forecast_key
 from service.engine.registry import LoadedModel
 from service.engine.series import Series, is_stale
 
@@ -30,39 +33,67 @@ _HOUR_MS: Final = 3_600_000
 
 @dataclass(frozen=True)
 class Asked:
-    """One request, settled: what was computed, from what, when."""
+    """One request, settled: what is computed, from what, when."""
 
     model: LoadedModel
     series: Series
     parameters: Parameters
     item: ForecastInput
     issued_at: int
-    knowledge: int  # the instant of knowledge: as_of where it was given, else issued_at
+    reasons: tuple[str, ...]
     degraded: tuple[str, ...]
 
+    @property
+    def key(self) -> bytes:
+        """Equal for requests that one forecast answers."""
+        series = self.series
+        return forecast_key(
+            self.model, self.item, series.symbol, series.interval, series.calendar.name, series.warnings, self.reasons
+        )
 
-def build_answer(asked: Asked, computed: Computed, total_ms: float) -> ForecastAnswer:
-    """The answer; InvalidModelOutput if the model put a number into it that is none."""
+
+def lasting_part(asked: Asked, computed: Computed) -> Kept:
+    """What is the same in every answer with this forecast; InvalidModelOutput if it holds a number that is none."""
+    valid_until = _valid_until(asked)
     try:
-        return _build(asked, computed, total_ms)
+        part = _lasting(asked, computed.forecast, valid_until)
     except ValidationError as error:
         raise InvalidModelOutput("the forecast holds a value that is no finite number") from error
+    return Kept(valid_until, computed.batch_rows, _json(part))
 
 
-def _build(asked: Asked, computed: Computed, total_ms: float) -> ForecastAnswer:
-    series, item, forecast = asked.series, asked.item, computed.forecast
-    evaluation = asked.model.manifest.evaluation("test")
-    reasons = _reasons(asked, evaluation)
-    return ForecastAnswer(
+def whole_answer(kept: Kept, asked: Asked, cache: CacheResult, timings: TimingsMs) -> bytes:
+    """The JSON of a ForecastAnswer: the part that lasts, then what is true of this answer alone."""
+    passing = PassingAnswer(
+        issued_at=asked.issued_at,
+        data_age_seconds=(asked.issued_at - asked.series.as_of) / 1000,
+        meta=Meta(
+            seed=asked.item.seed,
+            samples=asked.parameters.sampling.samples if asked.parameters.draws else None,
+            context=len(asked.item.timestamps),
+            cache=cache,
+            batch_rows=kept.batch_rows,
+            degraded=list(asked.degraded),
+            timings_ms=timings,
+        ),
+    )
+    return kept.body[:-1] + b"," + _json(passing)[1:]
+
+
+def _json(part: LastingAnswer | PassingAnswer) -> bytes:
+    return part.__pydantic_serializer__.to_json(part)
+
+
+def _lasting(asked: Asked, forecast: Forecast, valid_until: int) -> LastingAnswer:
+    series, item = asked.series, asked.item
+    return LastingAnswer(
         symbol=series.symbol,
         model=_model_name(asked.model),
         interval=series.interval,
         calendar=series.calendar.name,
-        issued_at=asked.issued_at,
         as_of=series.as_of,
         last_close=item.last_close,
-        data_age_seconds=(asked.issued_at - series.as_of) / 1000,
-        valid_until=_valid_until(asked),
+        valid_until=valid_until,
         horizon=item.horizon,
         forecast=[
             (time, *row) for time, row in zip(item.future_timestamps.tolist(), forecast.point.tolist(), strict=True)
@@ -70,30 +101,17 @@ def _build(asked: Asked, computed: Computed, total_ms: float) -> ForecastAnswer:
         quantiles={name: _by_level(forecast.levels, values) for name, values in forecast.quantiles.items()},
         returns=_returns(forecast, item.last_close),
         naive=Naive(close=item.last_close),
-        skill=_skill(evaluation),
-        do_predict=0 if reasons else 1,
-        reasons=reasons,
+        skill=_skill(asked.model.manifest.evaluation("test")),
+        do_predict=0 if asked.reasons else 1,
+        reasons=list(asked.reasons),
         warnings=[*series.warnings, *forecast.warnings],
         paths=None if forecast.paths is None else forecast.paths.tolist(),
-        meta=_meta(asked, computed, total_ms),
     )
 
 
 def _model_name(model: LoadedModel) -> ModelName:
     return ModelName(
         family=model.family, name=model.name, version=model.version, runtime=model.runtime, dtype=model.dtype
-    )
-
-
-def _meta(asked: Asked, computed: Computed, total_ms: float) -> Meta:
-    return Meta(
-        seed=asked.item.seed,
-        samples=asked.parameters.sampling.samples if asked.parameters.draws else None,
-        context=len(asked.item.timestamps),
-        cache="off",
-        batch_rows=computed.batch_rows,
-        degraded=list(asked.degraded),
-        timings_ms=TimingsMs(**asdict(computed.timings), total=total_ms),
     )
 
 
@@ -138,16 +156,20 @@ def _skill(evaluation: Evaluation | None) -> Skill | None:
     )
 
 
-def _reasons(asked: Asked, evaluation: Evaluation | None) -> list[str]:
-    """Why a bot should not act on this forecast; none of them keeps it from being answered."""
+def reasons_not_to_act(model: LoadedModel, series: Series, knowledge: int) -> tuple[str, ...]:
+    """Why a bot should not act on the forecast; none of them keeps it from being answered.
+
+    `knowledge` is the request's `as_of`, by default now.
+    """
+    evaluation = model.manifest.evaluation("test")
     reasons = []
-    if asked.series.source == "history" and is_stale(asked.series, asked.knowledge):
+    if series.source == "history" and is_stale(series, knowledge):
         reasons.append("stale_history")
     if evaluation is None:
         reasons.append("no_baseline")
     elif _is_worse_than_naive(evaluation):
         reasons.append("worse_than_naive")
-    return reasons
+    return tuple(reasons)
 
 
 def _is_worse_than_naive(evaluation: Evaluation) -> bool:

@@ -106,9 +106,9 @@ def _rows(rows: list[Any]) -> tuple[Layout, Sequence[Any], list[Sequence[Any]]]:
     width = len(rows[0]) if isinstance(rows[0], list) else 0
     if width not in (6, 7, _BINANCE_WIDTH):
         raise InputError(_FORMS, "/candles/0")
-    for row, cells in enumerate(rows):
-        if type(cells) is not list or len(cells) != width:
-            raise InputError(f"must be a row of {width} values, as the first is", f"/candles/{row}")
+    if set(map(type, rows)) != {list} or set(map(len, rows)) != {width}:
+        row = next(row for row, cells in enumerate(rows) if type(cells) is not list or len(cells) != width)
+        raise InputError(f"must be a row of {width} values, as the first is", f"/candles/{row}")
     flat = list(chain.from_iterable(rows))
     if width == _BINANCE_WIDTH:
         layout = Layout("0", ("1", "2", "3", "4", "5", "7"), text_numbers=True)

@@ -17,8 +17,7 @@ from model_store.files import StoreError, VersionNotFound
 from models.calendars import UnknownCalendar
 from models.candles import InvalidCandles
 from models.forecaster import InvalidModelOutput, ModelError
-from service.engine.batcher import EngineStopped, QueueFull
-from service.engine.engine import DeadlineExceeded
+from service.engine.batcher import DeadlineExceeded, EngineStopped, Overloaded
 from service.engine.history import HistoryUnavailable, UnknownSymbol
 from service.engine.registry import ModelUnavailable
 
@@ -67,7 +66,7 @@ _TABLE: Final[Mapping[type[Exception], _Answer]] = {
     UnknownSymbol: _Answer(404, "unknown_symbol"),
     VersionNotFound: _Answer(404, "unknown_model", "the store has no such model, version or alias"),
     UnknownCalendar: _Answer(422, "unknown_calendar", "no calendar has this name"),
-    QueueFull: _Answer(503, "overloaded"),
+    Overloaded: _Answer(503, "overloaded"),
     EngineStopped: _Answer(503, "not_ready", retry_after=2),
     HistoryUnavailable: _Answer(503, "history_unavailable", retry_after=2),
     ModelUnavailable: _Answer(503, "model_unavailable", retry_after=30),

@@ -52,6 +52,7 @@ Candles = Annotated[
 ]
 CalendarName = Annotated[str, Field(max_length=16, pattern=r"^[A-Za-z0-9/_]+$")]
 TimeIs = Literal["open", "close"]
+CacheResult = Literal["hit", "miss", "coalesced", "bypass"]
 CandleRow = tuple[int, float, float, float, float, float]
 
 
@@ -82,7 +83,7 @@ class ForecastRequest(_Request):
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Default: hash of symbol, interval, as_of, version.")
     paths: bool = Field(False, description="Whether the answer holds every drawn path.")
     as_of: int | str | None = Field(None, description="Only candles closed by then count; default: now.")
-    cache: Literal["use", "bypass"] = "use"
+    cache: Literal["use", "bypass"] = Field("use", description="bypass: computed anew, shared with nobody, not kept.")
     timeout_ms: int | None = Field(None, ge=1, le=600_000, description="Deadline, counted from the request's arrival.")
 
 
@@ -137,7 +138,7 @@ class Skill(_Answer):
 
 
 class TimingsMs(_Answer):
-    """Milliseconds; `total` runs from the parsed request to the built answer."""
+    """Milliseconds; `total` runs from the parsed request to the built answer. Zero where nothing was computed."""
 
     queue: float
     batch: float
@@ -153,23 +154,21 @@ class Meta(_Answer):
     seed: int
     samples: int | None = Field(description="Paths drawn; None where the model draws none.")
     context: int = Field(description="Candles the model saw.")
-    cache: Literal["off"]
+    cache: CacheResult = Field(description="coalesced: shared with an identical request that came a little earlier.")
     batch_rows: int
     degraded: list[str]
     timings_ms: TimingsMs
 
 
-class ForecastAnswer(_Answer):
-    """A forecast. All times are UTC milliseconds."""
+class LastingAnswer(_Answer):
+    """The part of an answer that is the same whenever the forecast is asked for. All times are UTC milliseconds."""
 
     symbol: str
     model: ModelName
     interval: str
     calendar: str
-    issued_at: int
     as_of: int = Field(description="When the last candle used closed.")
     last_close: float
-    data_age_seconds: float
     valid_until: int = Field(description="When the first forecast candle closes, or an hour on where that is past.")
     horizon: int
     forecast: list[CandleRow]
@@ -181,7 +180,18 @@ class ForecastAnswer(_Answer):
     reasons: list[str]
     warnings: list[str]
     paths: list[list[list[float]]] | None = None
+
+
+class PassingAnswer(_Answer):
+    """The part of an answer that belongs to this answer alone."""
+
+    issued_at: int
+    data_age_seconds: float
     meta: Meta
+
+
+class ForecastAnswer(PassingAnswer, LastingAnswer):
+    """A forecast. All times are UTC milliseconds."""
 
 
 class PutCandlesAnswer(_Answer):

@@ -1,45 +1,88 @@
-"""The engine: one thread that turns whatever waits into forecasts, batch by batch."""
+"""The engine: one thread binds and runs batches, two others encode ahead of it and finish behind it."""
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import threading
 import time
-from collections.abc import Sequence
-from typing import Final
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 
-from models.forecaster import Forecast, ForecastInput, InvalidModelOutput
-from service.engine.batcher import Batcher, Computed, EngineStopped, Job, Timings
+from models.forecaster import Abandoned, Batch, Forecast, ForecastInput, InvalidModelOutput, Raw, pad_rows
+from service.engine.batcher import (
+    Batcher,
+    Bound,
+    Computed,
+    DeadlineExceeded,
+    EngineStopped,
+    Job,
+    Overloaded,
+    Timings,
+)
 from service.engine.registry import LoadedModel
 from service.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 
-_SMOOTHING: Final = 0.2  # weight of the newest batch in the running mean of batch times
+Outcome = Computed | Exception
 
 
-class DeadlineExceeded(RuntimeError):
-    """The request's time was up before its forecast was ready."""
+@dataclass(eq=False)
+class _Running:
+    """One batch on its way, with the instants between its stages."""
 
-    def __init__(self) -> None:
-        super().__init__("the deadline passed before the forecast was ready")
+    bound: Bound
+    marks: list[float] = field(default_factory=lambda: [time.monotonic()])
+
+    @property
+    def jobs(self) -> list[Job]:
+        return self.bound.jobs
+
+    @property
+    def model(self) -> LoadedModel:
+        return self.jobs[0].model
+
+    def wanted(self) -> bool:
+        return any(job.wanted for job in self.jobs)
+
+    def mark(self) -> None:
+        self.marks.append(time.monotonic())
+
+    def seconds(self) -> float:
+        """How long ago the batch was bound."""
+        return time.monotonic() - self.marks[0]
 
 
 class Engine:
-    """Late binding: a batch is whatever waits in one bucket at the moment the thread is free."""
+    """Late binding: a batch is whatever waits in one bucket at the moment the thread is free.
 
-    def __init__(self, batcher: Batcher, metrics: Metrics) -> None:
+    A lone request passes through one thread. While a batch runs, requests are encoded as they come, and while
+    another whole batch waits, it is finished beside that one's run.
+    """
+
+    def __init__(self, batcher: Batcher, metrics: Metrics, watchdog_seconds: float) -> None:
         self._batcher = batcher
         self._metrics = metrics
-        self._batch_seconds = 0.1
+        self._watchdog_seconds = watchdog_seconds
+        self._flights: dict[bytes, Job] = {}  # by what is computed
+        self._running: set[_Running] = set()
         self._thread: threading.Thread | None = None
+        self._encoder = ThreadPoolExecutor(1, "engine-encode")
+        self._finisher = ThreadPoolExecutor(1, "engine-finish")
+        self._finishing: Future[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        metrics.queue_capacity.set(batcher.max_queue)
         metrics.queue_depth.set_function(lambda: batcher.depth)
 
     @property
     def alive(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+        """The thread runs and nothing has been in its hands for longer than anything takes."""
+        if self._thread is None or not self._thread.is_alive():
+            return False
+        begun = [running.marks[0] for running in list(self._running)]
+        if not begun and (waiting := self._batcher.waiting_since) is not None:
+            begun = [waiting]
+        return not begun or time.monotonic() - min(begun) < self._watchdog_seconds
 
     def start(self) -> None:
         """Start the thread; its answers come back to the running event loop."""
@@ -48,84 +91,154 @@ class Engine:
         self._thread.start()
 
     async def stop(self) -> None:
-        """Refuse whatever still waits, finish the batch that runs, end the thread."""
+        """Refuse whatever still waits, finish the batches that run, end the threads."""
         for job in self._batcher.close():
             _resolve(job, EngineStopped())
         if self._thread:
             await asyncio.to_thread(self._thread.join)
             self._thread = None
+        for pool in (self._encoder, self._finisher):
+            await asyncio.to_thread(pool.shutdown)
 
-    async def submit(self, model: LoadedModel, item: ForecastInput, deadline: float) -> Computed:
-        """The forecast of `item`; cancelling the caller takes its row out of the queue.
+    async def submit(
+        self, model: LoadedModel, item: ForecastInput, deadline: float, key: bytes | None = None
+    ) -> tuple[Computed, bool]:
+        """The forecast of `item`, and whether it is shared with a request that came earlier.
 
-        `deadline` is in `time.monotonic()` seconds. Raises QueueFull, DeadlineExceeded, EngineStopped, or
-        whatever the model raised for the batch.
+        Requests with equal keys share one computation, which goes on while any of them waits. `deadline` is in
+        `time.monotonic()` seconds. Raises Overloaded, DeadlineExceeded, EngineStopped, or whatever the model
+        raised for the batch.
         """
-        if not self.alive:
-            raise EngineStopped
-        if time.monotonic() >= deadline:
-            raise DeadlineExceeded
-        job = self._batcher.put(model, item, deadline, self._batch_seconds)
+        while True:
+            if not self.alive:
+                raise EngineStopped
+            if time.monotonic() >= deadline:
+                raise DeadlineExceeded
+            flight = self._flights.get(key) if key else None
+            shared = flight is not None and self._batcher.join(flight, deadline)
+            job = flight if flight and shared else self._enqueue(model, item, deadline, key)
+            with contextlib.suppress(Abandoned):  # given up in the moment in which this request joined
+                return await _wait(job, deadline), shared
+
+    def _enqueue(self, model: LoadedModel, item: ForecastInput, deadline: float, key: bytes | None) -> Job:
+        job = Job(model, item, asyncio.get_running_loop().create_future(), deadline, deadline)
         try:
-            async with asyncio.timeout(deadline - time.monotonic()) as limit:
-                return await job.future
-        except TimeoutError:
-            if limit.expired():
-                raise DeadlineExceeded from None
+            self._batcher.put(job)
+        except (Overloaded, DeadlineExceeded) as refusal:
+            self._metrics.refusals.labels("queue" if isinstance(refusal, Overloaded) else "deadline").inc()
             raise
+        if self._batcher.busy:
+            job.encoded = self._encoder.submit(model.forecaster.encode, item)
+        if key:
+            self._flights[key] = job
+            job.future.add_done_callback(lambda _: self._land(key, job))
+        return job
+
+    def _land(self, key: bytes, job: Job) -> None:
+        if self._flights.get(key) is job:
+            del self._flights[key]
 
     def _work(self) -> None:
-        while (jobs := self._batcher.take()) is not None:
-            outcomes = self._outcomes(jobs)
-            assert self._loop is not None
-            self._loop.call_soon_threadsafe(_deliver, jobs, outcomes)
+        while (bound := self._batcher.take()) is not None:
+            running = _Running(bound)
+            self._running.add(running)
+            self._compute(running)
 
-    def _outcomes(self, jobs: list[Job]) -> Sequence[Computed | Exception]:
-        """What became of each row; rows beside one without a forecast are computed alone, to the same bits."""
-        failure: Exception
+    def _compute(self, running: _Running) -> None:
+        """Run a batch, and finish it too unless a whole batch waits for this thread.
+
+        Finished beside the next run, a smaller queue would only be run before the callers of this batch are back.
+        """
         try:
-            return self._compute(jobs)
-        except InvalidModelOutput as error:
-            _log.error("a batch of %d for %s: %s", len(jobs), jobs[0].model.name, error)
-            if len(jobs) > 1:
-                return [self._outcomes([job])[0] if job.wanted else DeadlineExceeded() for job in jobs]
-            failure = error
+            batch, raw = self._run(running)
         except Exception as error:  # noqa: BLE001 - it fails this batch and must not end the thread
-            _log.exception("a batch of %d for %s failed", len(jobs), jobs[0].model.name)
-            failure = error
-        return [failure] * len(jobs)
+            self._fail(running, error)
+            return
+        if not self._batcher.has_full_batch():
+            self._finish(running, batch, raw)
+            return
+        if self._finishing:
+            self._finishing.result()
+        self._finishing = self._finisher.submit(self._finish, running, batch, raw)
 
-    def _compute(self, jobs: list[Job]) -> list[Computed]:
-        taken = time.monotonic()
-        model = jobs[0].model
-        items = [job.item for job in jobs]
-        begun = time.monotonic()
-        batch = model.forecaster.prepare(items)
-        prepared = time.monotonic()
-        raw = model.forecaster.run(batch)
-        ran = time.monotonic()
-        forecasts = model.forecaster.finish(raw, batch)
-        finished = time.monotonic()
-        self._batch_seconds += _SMOOTHING * (finished - taken - self._batch_seconds)
-        self._metrics.batch_rows.labels(model.name).observe(len(jobs))
-        marks = (taken, begun, prepared, ran, finished)
-        return [self._computed(job, forecast, len(jobs), marks) for job, forecast in zip(jobs, forecasts, strict=True)]
+    def _run(self, running: _Running) -> tuple[Batch, Raw]:
+        rows = [job.row() for job in running.jobs]
+        running.mark()
+        batch = running.model.forecaster.prepare([job.item for job in running.jobs], rows)
+        running.mark()
+        raw = running.model.forecaster.run(batch, running.wanted)
+        running.mark()
+        return batch, raw
 
-    def _computed(self, job: Job, forecast: Forecast, rows: int, marks: tuple[float, ...]) -> Computed:
+    def _finish(self, running: _Running, batch: Batch, raw: Raw) -> None:
+        try:
+            forecasts = running.model.forecaster.finish(raw, batch)
+            running.mark()
+            self._note(running, batch)
+            self._deliver(
+                running, [self._computed(*pair, running) for pair in zip(running.jobs, forecasts, strict=True)]
+            )
+        except Exception as error:  # noqa: BLE001 - it fails this batch and must not end the thread
+            self._fail(running, error)
+
+    def _fail(self, running: _Running, error: Exception) -> None:
+        """Every row fails with the error; rows beside one without a forecast are computed alone, to the same bits."""
+        jobs, name = running.jobs, running.model.name
+        if isinstance(error, Abandoned):
+            self._metrics.batches_abandoned.labels(name).inc()
+            self._batcher.record(jobs[0].bucket, pad_rows(len(jobs)), running.seconds(), ended=False)
+        elif isinstance(error, InvalidModelOutput):
+            _log.error("a batch of %d for %s: %s", len(jobs), name, error)
+            if len(jobs) > 1 and self._batcher.put_back(jobs):
+                self._running.discard(running)
+                return
+        else:
+            _log.error("a batch of %d for %s failed", len(jobs), name, exc_info=error)
+        self._deliver(running, [error] * len(jobs))
+
+    def _note(self, running: _Running, batch: Batch) -> None:
+        name, jobs = running.model.name, running.jobs
+        self._batcher.record(jobs[0].bucket, batch.rows, running.seconds())
+        self._metrics.batch_rows.labels(name).observe(len(jobs))
+        self._metrics.batches_released.labels(name, running.bound.reason).inc()
+        self._metrics.computed_rows.labels(name, "asked").inc(len(jobs))
+        self._metrics.computed_rows.labels(name, "padding").inc(batch.rows - len(jobs))
+
+    def _computed(self, job: Job, forecast: Forecast, running: _Running) -> Computed:
         """The forecast with its stage times, which also go to the metrics."""
-        marks = (job.enqueued, *marks)
-        seconds = [end - begin for begin, end in itertools.pairwise(marks)]
+        seconds = [end - begin for begin, end in itertools.pairwise([job.enqueued, *running.marks])]
         for stage, value in zip(("queue", "batch", "prepare", "run", "finish"), seconds, strict=True):
             self._metrics.stage_seconds.labels(job.model.name, stage).observe(value)
-        return Computed(forecast, rows, Timings(*(1e3 * value for value in seconds)))
+        return Computed(forecast, len(running.jobs), Timings(*(1e3 * value for value in seconds)))
+
+    def _deliver(self, running: _Running, outcomes: list[Outcome]) -> None:
+        self._running.discard(running)
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(_resolve_all, running.jobs, outcomes)
 
 
-def _deliver(jobs: list[Job], outcomes: Sequence[Computed | Exception]) -> None:
+async def _wait(job: Job, deadline: float) -> Computed:
+    """What becomes of the job; without a last waiter it is given up."""
+    job.waiters += 1
+    try:
+        async with asyncio.timeout(deadline - time.monotonic()) as limit:
+            return await asyncio.shield(job.future)
+    except TimeoutError:
+        if limit.expired():
+            raise DeadlineExceeded from None
+        raise
+    finally:
+        job.waiters -= 1
+        if not job.waiters:
+            job.future.cancel()
+
+
+def _resolve_all(jobs: list[Job], outcomes: list[Outcome]) -> None:
     for job, outcome in zip(jobs, outcomes, strict=True):
         _resolve(job, outcome)
 
 
-def _resolve(job: Job, outcome: Computed | Exception) -> None:
+def _resolve(job: Job, outcome: Outcome) -> None:
     if job.future.done():  # cancelled or late while it was computed
         return
     if isinstance(outcome, Exception):

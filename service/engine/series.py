@@ -12,6 +12,7 @@ from models.candles import Floats, InvalidCandles, Millis, interval_ms, interval
 CLOCK_SKEW_MS: Final = 10_000  # an exchange's clock may run this far ahead of ours
 AUTO: Final = "auto"
 _NEW_YORK: Final = "XNYS"
+_built: Final[set[str]] = set()  # calendars whose use takes microseconds
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,16 @@ class Series:
 
 async def load_calendar(name: str) -> Calendar:
     """The calendar of that name; an exchange's first use takes a second, off the event loop."""
-    return await asyncio.to_thread(get_calendar, name)
+    if name not in _built:
+        await asyncio.to_thread(get_calendar, name)
+        _built.add(name)
+    return get_calendar(name)
 
 
 async def infer(timestamps: Millis, interval: str) -> str:
     """The name of the calendar that explains the candles."""
+    if _NEW_YORK in _built:
+        return infer_calendar(timestamps, interval)
     return await asyncio.to_thread(infer_calendar, timestamps, interval)
 
 

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 
 from model_store.manifest import Manifest
 from model_store.store import ModelStore
-from models.forecaster import Batch, Forecast, ForecastInput, InvalidModelOutput, Raw, Wanted, always
+from models.forecaster import Abandoned, Batch, Forecast, ForecastInput, InvalidModelOutput, Raw, Row, Wanted, always
 from models.naive import NaiveForecaster
 from service.app import create_app
 from service.settings import Settings
@@ -33,13 +33,19 @@ def now() -> int:
 
 
 class Faulty(NaiveForecaster):
-    """The naive forecaster with switches: hold every batch, fail the next one, spoil its output, refuse a seed."""
+    """The naive forecaster with switches: hold every batch in `run` or `finish`, take steps while it is held, fail
+    the next one, spoil its output, refuse a seed."""
 
     def __init__(self) -> None:
         self.open = threading.Event()
         self.open.set()
+        self.may_finish = threading.Event()
+        self.may_finish.set()
         self.entered = threading.Event()
-        self.failure: Exception | None = None
+        self.steps = False
+        self.encoded: list[int] = []
+        self.threads: list[str] = []
+        self.failure: BaseException | None = None
         self.spoil = False
         self.guilty: int | None = None
         self.batches: list[list[int]] = []
@@ -47,9 +53,16 @@ class Faulty(NaiveForecaster):
     def bucket(self, item: ForecastInput) -> Hashable:
         return item.horizon
 
+    def encode(self, item: ForecastInput) -> Row:
+        self.encoded.append(item.seed)
+        return super().encode(item)
+
     def run(self, batch: Batch, wanted: Wanted = always) -> Raw:
         self.entered.set()
-        self.open.wait(10)
+        self.threads.append(threading.current_thread().name)
+        while not self.open.wait(0.01 if self.steps else 10):
+            if not wanted():
+                raise Abandoned
         self.batches.append([item.seed for item in batch.inputs])
         failure, self.failure = self.failure, None
         if failure:
@@ -57,6 +70,8 @@ class Faulty(NaiveForecaster):
         return {}
 
     def finish(self, raw: Raw, batch: Batch) -> list[Forecast]:
+        self.threads.append(threading.current_thread().name)
+        self.may_finish.wait(10)
         if self.guilty in (item.seed for item in batch.inputs):
             raise InvalidModelOutput("a row is no forecast")
         forecasts = super().finish(raw, batch)
@@ -70,6 +85,7 @@ def faulty() -> Iterator[Faulty]:
     forecaster = Faulty()
     yield forecaster
     forecaster.open.set()
+    forecaster.may_finish.set()
 
 
 @pytest.fixture

@@ -24,17 +24,62 @@ def ask(client: Any, rows: Any, **body: Any) -> asyncio.Task[Any]:
     return asyncio.create_task(client.post("/forecast/BTC", json=NAIVE | {"candles": rows(8), **body}))
 
 
-async def held(client: Any, rows: Any, faulty: Any) -> asyncio.Task[Any]:
+async def held(client: Any, rows: Any, faulty: Any, **body: Any) -> asyncio.Task[Any]:
     """A request that the engine is computing and will go on computing until `faulty.open` is set."""
     faulty.open.clear()
     faulty.entered.clear()
-    first = ask(client, rows, seed=0)
+    first = ask(client, rows, seed=0, **body)
     await until(faulty.entered.is_set)
     return first
 
 
-def waiting(app: Any) -> int:
-    return int(app.state.services.metrics.registry.get_sample_value("candlecast_queue_depth"))
+def counted(app: Any, name: str, **labels: str) -> float:
+    """The value of a series."""
+    value = app.state.services.metrics.registry.get_sample_value(f"candlecast_{name}", labels)
+    assert value is not None, f"{name} {labels} does not exist"
+    return float(value)
+
+
+def waiting(app: Any) -> float:
+    return counted(app, "queue_depth")
+
+
+def body_of(rows: Any, **fields: Any) -> bytes:
+    return json.dumps(NAIVE | {"candles": rows(8), **fields}).encode()
+
+
+def caller(body: bytes, hang_up: asyncio.Event) -> Any:
+    """What a server hands to the application: a body, and a message when its sender hangs up."""
+    messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+    async def receive() -> Any:
+        for message in messages:
+            return message
+        await hang_up.wait()
+        return {"type": "http.disconnect"}
+
+    return receive
+
+
+async def over_asgi(app: Any, receive: Any) -> list[Any]:
+    """The messages of an answer over ASGI itself."""
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "path": "/forecast/BTC",
+        "raw_path": b"/forecast/BTC",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+    }
+    await app(scope, receive, send)
+    return sent
 
 
 async def test_whatever_waits_becomes_one_batch(running: Any, rows: Any, faulty: Any, faulty_build: Any) -> None:
@@ -72,21 +117,6 @@ async def test_the_bucket_with_the_oldest_deadline_goes_first(
     assert faulty.batches == [[0], [2, 4], [1, 3]]
 
 
-async def test_a_full_queue_answers_503_with_retry_after(
-    running: Any, rows: Any, faulty: Any, faulty_build: Any
-) -> None:
-    async with running(build=faulty_build, max_queue=2) as (client, app):
-        first = await held(client, rows, faulty)
-        others = [ask(client, rows, seed=seed) for seed in (1, 2)]
-        await until(lambda: waiting(app) == 2)
-        refused = await ask(client, rows)
-        assert refused.status_code == 503
-        assert refused.json()["code"] == "overloaded"
-        assert int(refused.headers["retry-after"]) >= 1
-        faulty.open.set()
-        assert {answer.status_code for answer in await asyncio.gather(first, *others)} == {200}
-
-
 async def test_a_late_request_answers_504_and_is_never_computed(
     running: Any, rows: Any, faulty: Any, faulty_build: Any
 ) -> None:
@@ -101,17 +131,39 @@ async def test_a_late_request_answers_504_and_is_never_computed(
     assert faulty.batches == [[0], [2]]
 
 
+async def test_what_cannot_be_in_time_is_refused_at_once(
+    running: Any, rows: Any, faulty: Any, faulty_build: Any
+) -> None:
+    async with running(build=faulty_build) as (client, app):
+        version = (await ask(client, rows, seed=7)).json()["model"]["version"]
+        batcher = app.state.services.engine._batcher
+        batcher.record(("naive", version, "eager", "float32", 3), 1, 50.0)  # a fifth of it counts
+        batcher.record(("naive", version, "eager", "float32", 5), 1, 1000.0)
+        hopeless = await ask(client, rows, seed=1, timeout_ms=90_000, horizon=5)
+        assert (hopeless.status_code, hopeless.json()["code"]) == (504, "deadline_exceeded")
+        assert counted(app, "refusals_total", reason="deadline") == 1
+        first = await held(client, rows, faulty, timeout_ms=600_000)
+        crowded = await ask(client, rows, seed=2, timeout_ms=15_000)
+        assert crowded.status_code == 503
+        assert crowded.json()["code"] == "overloaded"
+        assert 1 <= int(crowded.headers["retry-after"]) <= 11
+        assert counted(app, "refusals_total", reason="queue") == 1
+        faulty.open.set()
+        assert (await first).status_code == 200
+    assert faulty.batches == [[7], [0]]
+
+
 async def test_a_cancelled_row_is_dropped_before_the_batch(
     running: Any, rows: Any, faulty: Any, faulty_build: Any
 ) -> None:
-    async with running(build=faulty_build, max_queue=2) as (client, app):
+    async with running(build=faulty_build, max_queue=2, max_batch_rows=2) as (client, app):
         first = await held(client, rows, faulty)
         gone, kept = ask(client, rows, seed=1), ask(client, rows, seed=2)
         await until(lambda: waiting(app) == 2)
         gone.cancel()
         await asyncio.gather(gone, return_exceptions=True)
         in_its_place = ask(client, rows, seed=3)
-        await asyncio.sleep(0.05)
+        await until(lambda: 3 in faulty.encoded)
         faulty.open.set()
         answers = await asyncio.gather(first, kept, in_its_place)
         assert {answer.status_code for answer in answers} == {200}
@@ -188,38 +240,96 @@ async def test_whatever_waits_at_shutdown_is_answered_503(
 
 
 async def test_a_disconnected_caller_leaves_the_queue(running: Any, rows: Any, faulty: Any, faulty_build: Any) -> None:
-    """Over ASGI itself, where a hang-up is a message."""
     async with running(build=faulty_build) as (client, app):
         first = await held(client, rows, faulty)
         hang_up = asyncio.Event()
-        body = json.dumps(NAIVE | {"candles": rows(8), "seed": 1}).encode()
-        messages = iter([{"type": "http.request", "body": body, "more_body": False}])
-
-        async def receive() -> Any:
-            for message in messages:
-                return message
-            await hang_up.wait()
-            return {"type": "http.disconnect"}
-
-        async def send(message: Any) -> None: ...
-
-        scope = {
-            "type": "http",
-            "asgi": {"version": "3.0"},
-            "http_version": "1.1",
-            "method": "POST",
-            "path": "/forecast/BTC",
-            "raw_path": b"/forecast/BTC",
-            "query_string": b"",
-            "headers": [(b"content-type", b"application/json")],
-        }
-        call = asyncio.create_task(app(scope, receive, send))
+        call = asyncio.create_task(over_asgi(app, caller(body_of(rows, seed=1), hang_up)))
         await until(lambda: waiting(app) == 1)
         hang_up.set()
         await call
         faulty.open.set()
         await first
-        metrics = app.state.services.metrics.registry
-        labels = {"model": "naive", "outcome": "cancelled"}
-        assert metrics.get_sample_value("candlecast_forecast_requests_total", labels) == 1
+        assert counted(app, "forecast_requests_total", model="naive", outcome="cancelled") == 1
     assert faulty.batches == [[0]]
+
+
+async def test_a_batch_that_nobody_waits_for_is_given_up_between_steps(
+    running: Any, rows: Any, faulty: Any, faulty_build: Any
+) -> None:
+    async with running(build=faulty_build) as (client, app):
+        faulty.steps = True
+        first = await held(client, rows, faulty)
+        second = ask(client, rows, seed=1)
+        await until(lambda: waiting(app) == 1)
+        first.cancel()
+        await until(lambda: waiting(app) == 0)
+        assert counted(app, "batches_abandoned_total", model="naive") == 1
+        faulty.open.set()
+        assert (await second).status_code == 200
+        assert (await client.get("/livez")).status_code == 200
+    assert faulty.batches == [[1]]
+
+
+async def test_a_lone_request_passes_through_one_thread(
+    running: Any, rows: Any, faulty: Any, faulty_build: Any
+) -> None:
+    async with running(build=faulty_build) as (client, _):
+        await ask(client, rows)
+    assert faulty.threads == ["engine", "engine"]
+
+
+async def test_requests_are_encoded_while_a_batch_runs(running: Any, rows: Any, faulty: Any, faulty_build: Any) -> None:
+    async with running(build=faulty_build) as (client, _):
+        first = await held(client, rows, faulty)
+        others = [ask(client, rows, seed=seed) for seed in (1, 2, 3)]
+        await until(lambda: len(faulty.encoded) == 4)
+        faulty.open.set()
+        await asyncio.gather(first, *others)
+    assert sorted(faulty.encoded) == [0, 1, 2, 3]
+
+
+async def test_a_batch_is_finished_beside_the_run_of_a_whole_batch_that_waits(
+    running: Any, rows: Any, faulty: Any, faulty_build: Any
+) -> None:
+    async with running(build=faulty_build, max_batch_rows=2) as (client, app):
+        first = await held(client, rows, faulty)
+        others = [ask(client, rows, seed=seed) for seed in (1, 2)]
+        await until(lambda: waiting(app) == 2)
+        faulty.may_finish.clear()
+        faulty.open.set()
+        await until(lambda: len(faulty.batches) == 2)
+        assert not first.done()
+        faulty.may_finish.set()
+        assert {answer.status_code for answer in await asyncio.gather(first, *others)} == {200}
+
+
+async def test_a_run_that_hangs_fails_liveness_until_it_ends(
+    running: Any, rows: Any, faulty: Any, faulty_build: Any
+) -> None:
+    async with running(build=faulty_build, watchdog_seconds=0.1) as (client, app):
+        first = await held(client, rows, faulty)
+        await until(lambda: not app.state.services.engine.alive)
+        assert (await client.get("/livez")).status_code == 503
+        assert (await ask(client, rows, seed=1)).json()["code"] == "not_ready"
+        faulty.open.set()
+        assert (await first).status_code == 200
+        assert (await client.get("/livez")).status_code == 200
+
+
+@pytest.mark.filterwarnings("ignore:Exception in thread engine")
+async def test_an_engine_that_ended_fails_liveness(running: Any, rows: Any, faulty: Any, faulty_build: Any) -> None:
+    async with running(build=faulty_build) as (client, app):
+        faulty.failure = SystemExit()
+        lost = ask(client, rows)
+        await until(lambda: not app.state.services.engine.alive)
+        assert (await client.get("/livez")).status_code == 503
+        lost.cancel()
+
+
+async def test_stages_are_told_in_the_answer_and_in_its_header(client: Any, rows: Any) -> None:
+    answer = await ask(client, rows)
+    timings = answer.json()["meta"]["timings_ms"]
+    header = dict(part.split(";dur=") for part in answer.headers["server-timing"].split(", "))
+    assert list(header) == ["queue", "batch", "prepare", "run", "finish", "total"]
+    assert {stage: float(value) for stage, value in header.items()} == pytest.approx(timings, abs=1e-3)
+    assert timings["total"] >= sum(timings.values()) - timings["total"] > 0

@@ -187,3 +187,24 @@ async def test_the_documentation_describes_the_body_and_the_answer(client: Any) 
     described = (await client.get("/openapi.json")).json()["components"]["schemas"]
     assert described["ForecastRequest"]["properties"].keys() >= {"model", "candles", "horizon", "seed", "as_of"}
     assert described["ForecastAnswer"]["properties"].keys() >= {"forecast", "quantiles", "returns", "skill", "meta"}
+
+
+async def test_every_series_of_a_loaded_model_starts_at_zero(running: Any, rows: Any) -> None:
+    async with running() as (client, app):
+        await client.post("/forecast/BTC", json=NAIVE | {"candles": rows()})
+        text = await scrape(app)
+    for line in (
+        'candlecast_batch_released_total{model="naive",reason="idle"} 1.0',
+        'candlecast_batch_released_total{model="naive",reason="full"} 0.0',
+        'candlecast_computed_rows_total{kind="asked",model="naive"} 1.0',
+        'candlecast_computed_rows_total{kind="padding",model="naive"} 0.0',
+        'candlecast_batches_abandoned_total{model="naive"} 0.0',
+        'candlecast_refusals_total{reason="deadline"} 0.0',
+        'candlecast_refusals_total{reason="queue"} 0.0',
+        'candlecast_refusals_total{reason="full"} 0.0',
+        'candlecast_cache_requests_total{result="miss"} 1.0',
+        'candlecast_cache_requests_total{result="hit"} 0.0',
+        'candlecast_cache_requests_total{result="coalesced"} 0.0',
+        'candlecast_cache_requests_total{result="bypass"} 0.0',
+    ):
+        assert line in text, line

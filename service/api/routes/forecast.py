@@ -2,77 +2,110 @@
 
 import asyncio
 import time
-from typing import Any
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
 
 from models.forecaster import ForecastInput, ModelError
 from models.uniforms import derive_seed
-from service.api.answers import Asked, build_answer
+from service.api.answers import Asked, lasting_part, reasons_not_to_act, whole_answer
 from service.api.errors import InputError
 from service.api.parameters import Parameters, require_enough, settle
-from service.api.schemas import ForecastAnswer, ForecastRequest, normalise_symbol
+from service.api.schemas import CacheResult, ForecastAnswer, ForecastRequest, TimingsMs, normalise_symbol
 from service.api.sources import candles_in_body, candles_in_history, instant_of_knowledge
-from service.api.wire import ClientGone, StrictRoute, unless_gone
-from service.engine.batcher import EngineStopped, QueueFull
-from service.engine.engine import DeadlineExceeded
-from service.engine.history import HistoryUnavailable, UnknownSymbol
+from service.api.wire import AdmittedRoute, ClientGone, unless_gone
+from service.engine.batcher import DeadlineExceeded, Overloaded, Timings
+from service.engine.cache import Kept
+from service.engine.history import UnknownSymbol
 from service.engine.registry import LoadedModel
 from service.engine.series import Series
 from service.metrics import UNKNOWN_MODEL
 from service.services import Parts, Services
 
-router = APIRouter(route_class=StrictRoute)
+router = APIRouter(route_class=AdmittedRoute)
 
 _EXACT_SEEDS = 2**53  # larger integers lose digits in callers whose only number is a double
 _LATER = ("auto", "ensemble")
 
 
+@dataclass
+class _Noted:
+    """What the metrics say about a request, as far as it is known."""
+
+    model: str = UNKNOWN_MODEL
+    outcome: str = "error"
+
+
 @router.post("/forecast/{symbol}", response_model=ForecastAnswer, summary="Forecast a symbol's next candles")
-async def post_forecast(symbol: str, parts: Parts, request: Request, body: ForecastRequest | None = None) -> Any:
+async def post_forecast(symbol: str, parts: Parts, request: Request, body: ForecastRequest | None = None) -> Response:
     """Forecast from the candles in the body, or from the stored history of the symbol."""
     asked = body or ForecastRequest.model_validate({})
-    label = [UNKNOWN_MODEL]
-    outcome = "error"
+    noted = _Noted()
     try:
-        answer = await unless_gone(request, _answer(normalise_symbol(symbol), asked, parts, label))
-        outcome = "degraded" if answer.meta.degraded else "ok"
-        return answer
+        return await unless_gone(request, _answer(normalise_symbol(symbol), asked, parts, noted))
     except ClientGone:
-        outcome = "cancelled"
+        noted.outcome = "cancelled"
         return Response(status_code=499)  # never read
     except Exception as error:
-        outcome = _outcome(error)
+        noted.outcome = _outcome(error)
         raise
     finally:
-        parts.metrics.forecasts.labels(label[0], outcome).inc()
+        parts.metrics.forecasts.labels(noted.model, noted.outcome).inc()
 
 
-async def _answer(symbol: str, request: ForecastRequest, parts: Services, label: list[str]) -> ForecastAnswer:
-    """The answer; `label[0]` becomes the model's name as soon as it is known."""
+async def _answer(symbol: str, request: ForecastRequest, parts: Services, noted: _Noted) -> Response:
     started = time.monotonic()
     deadline = started + (request.timeout_ms or parts.settings.request_timeout_ms) / 1000
-    issued_at = parts.now()
     try:
         async with asyncio.timeout(deadline - started) as limit:
-            model = await _model(request.model, parts)
-            label[0] = model.name
-            parameters = settle(request, model)
-            series = await _series(symbol, request, parameters, parts, issued_at)
+            asked = await _settle(symbol, request, parts, noted)
     except TimeoutError:
         if limit.expired():
             raise DeadlineExceeded from None
         raise
+    kept, cache, stages = await _forecast(asked, request.cache == "use", parts, deadline)
+    total = time.monotonic() - started
+    parts.metrics.stage_seconds.labels(noted.model, "total").observe(total)
+    parts.metrics.cache_requests.labels(cache).inc()
+    noted.outcome = "degraded" if asked.degraded else "ok"
+    timings = {**asdict(stages), "total": 1e3 * total}
+    return Response(
+        whole_answer(kept, asked, cache, TimingsMs(**timings)),
+        media_type="application/json",
+        headers={"Server-Timing": ", ".join(f"{stage};dur={value:.3f}" for stage, value in timings.items())},
+    )
+
+
+async def _settle(symbol: str, request: ForecastRequest, parts: Services, noted: _Noted) -> Asked:
+    """Everything that the request leaves open, decided."""
+    issued_at = parts.now()
+    model = await _model(request.model, parts)
+    noted.model = model.name
+    parameters = settle(request, model)
+    series = await _series(symbol, request, parameters, parts, issued_at)
     require_enough(len(series.timestamps), parameters, model.manifest.limits)
     item = _forecast_input(series, parameters, request.seed, model)
     _check(model, item)
-    computed = await parts.engine.submit(model, item, deadline)
-    knowledge = instant_of_knowledge(request.as_of, issued_at)
-    asked = Asked(model, series, parameters, item, issued_at, knowledge, parts.degraded)
-    total = time.monotonic() - started
-    parts.metrics.stage_seconds.labels(model.name, "total").observe(total)
-    return build_answer(asked, computed, 1e3 * total)
+    reasons = reasons_not_to_act(model, series, instant_of_knowledge(request.as_of, issued_at))
+    return Asked(model, series, parameters, item, issued_at, reasons, parts.degraded)
+
+
+async def _forecast(
+    asked: Asked, may_share: bool, parts: Services, deadline: float
+) -> tuple[Kept, CacheResult, Timings]:
+    """The forecast, where it came from and how long each stage of the engine took."""
+    if not may_share:
+        computed, _ = await parts.engine.submit(asked.model, asked.item, deadline)
+        return lasting_part(asked, computed), "bypass", computed.timings
+    key = asked.key
+    if asked.model.settled and (kept := await parts.cache.get(key, asked.issued_at)):
+        return kept, "hit", Timings()
+    computed, shared = await parts.engine.submit(asked.model, asked.item, deadline, key)
+    kept = lasting_part(asked, computed)
+    if asked.model.settled and not asked.degraded:
+        parts.cache.put(key, kept, asked.issued_at)
+    return kept, "coalesced" if shared else "miss", computed.timings
 
 
 async def _model(reference: str, parts: Services) -> LoadedModel:
@@ -119,8 +152,8 @@ def _check(model: LoadedModel, item: ForecastInput) -> None:
 
 
 def _outcome(error: Exception) -> str:
-    if isinstance(error, (QueueFull, EngineStopped, HistoryUnavailable)):
-        return "overloaded" if isinstance(error, QueueFull) else "error"
+    if isinstance(error, Overloaded):
+        return "overloaded"
     if isinstance(error, DeadlineExceeded):
         return "timeout"
     return "invalid" if isinstance(error, (ValueError, UnknownSymbol)) else "error"

@@ -1,0 +1,162 @@
+"""Forecasts that still hold: in memory, and behind that in Redis, where they outlive a restart and are shared.
+
+`cc:1:f:<slot>` holds one forecast: digest of what it is a forecast of, when it expires, rows of its batch, the
+JSON of its answer. The slot is the beginning of the digest, so that Redis never holds more than SLOTS of them,
+whatever it does when its memory is full; where two meet, the newer stays.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import struct
+import time
+from collections import OrderedDict
+from collections.abc import Coroutine
+from dataclasses import dataclass, fields
+from typing import Any, Final, TypeVar
+
+import numpy as np
+
+from models.forecaster import ForecastInput
+from service.engine.registry import LoadedModel
+from service.metrics import Metrics
+from service.state import REDIS_ERRORS, State
+
+T = TypeVar("T")
+
+SLOTS: Final = 4096
+_HEADER: Final = struct.Struct("<32sqi")
+_LARGEST_IN_REDIS: Final = 64 * 1024
+_LARGEST_SHARE: Final = 1 / 16  # of the memory, for one forecast
+_PATIENCE_SECONDS: Final = 0.05  # for an answer of Redis
+_PAUSE_SECONDS: Final = 1.0  # without Redis after it failed
+_MOST_WRITES: Final = 64  # under way at a time
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What every answer with one forecast has in common."""
+
+    valid_until: int  # UTC ms
+    batch_rows: int
+    body: bytes  # JSON
+
+
+def forecast_key(model: LoadedModel, item: ForecastInput, *facts: object) -> bytes:
+    """A digest of all that a forecast depends on; `facts` are those that `item` does not hold."""
+    digest = hashlib.blake2b(digest_size=32)
+    values = [getattr(item, field.name) for field in fields(item)]
+    arrays = [np.ascontiguousarray(value) for value in values if isinstance(value, np.ndarray)]
+    rest = [value for value in values if not isinstance(value, np.ndarray)]
+    shapes = [(array.shape, array.dtype.str) for array in arrays]
+    digest.update(repr((model.name, model.version, model.runtime, model.dtype, rest, shapes, facts)).encode())
+    for array in arrays:
+        digest.update(array.data)
+    return digest.digest()
+
+
+class Cache:
+    """Least recently used first out, bounded by bytes. Redis is asked only where memory does not know."""
+
+    def __init__(self, state: State, max_bytes: int, metrics: Metrics) -> None:
+        self._state = state
+        self._metrics = metrics
+        self._max_bytes = max_bytes
+        self._kept: OrderedDict[bytes, Kept] = OrderedDict()
+        self._bytes = 0
+        self._paused_until = 0.0
+        self._under_way: set[asyncio.Task[Any]] = set()
+
+    async def get(self, key: bytes, now: int) -> Kept | None:
+        """The forecast of that key unless it has expired. Redis costs milliseconds at worst, never an error."""
+        if (kept := self._kept.get(key)) is not None:
+            if kept.valid_until > now:
+                self._kept.move_to_end(key)
+                return kept
+            self._forget(key)
+        kept = await self._ask_redis(key) if self._max_bytes and self._redis_answers else None
+        if kept is None or kept.valid_until <= now:
+            return None
+        self._remember(key, kept)
+        return kept
+
+    def put(self, key: bytes, kept: Kept, now: int) -> None:
+        """Keep a forecast; Redis gets it while the caller goes on."""
+        known = self._kept.get(key)  # requests that shared one computation all come with it
+        if known is not None and known.valid_until > now:
+            return
+        if len(kept.body) > self._max_bytes * _LARGEST_SHARE:
+            return
+        self._remember(key, kept)
+        if len(kept.body) <= _LARGEST_IN_REDIS and self._redis_answers and len(self._under_way) < _MOST_WRITES:
+            self._start(self._write(key, kept, kept.valid_until - now))
+
+    async def stop(self) -> None:
+        """Wait for what is on its way to Redis."""
+        if self._under_way:
+            await asyncio.wait(self._under_way)
+
+    def _remember(self, key: bytes, kept: Kept) -> None:
+        self._forget(key)
+        self._kept[key] = kept
+        self._bytes += len(kept.body)
+        while self._bytes > self._max_bytes:
+            self._forget(next(iter(self._kept)))
+        self._metrics.cache_bytes.set(self._bytes)
+
+    def _forget(self, key: bytes) -> None:
+        if (kept := self._kept.pop(key, None)) is not None:
+            self._bytes -= len(kept.body)
+
+    @property
+    def _redis_answers(self) -> bool:
+        return self._state.up and time.monotonic() >= self._paused_until
+
+    async def _ask_redis(self, key: bytes) -> Kept | None:
+        """Redis' answer if it comes soon. A late one is left to itself: the client can swallow a cancellation."""
+        reading = self._start(self._read(key))
+        await asyncio.wait({reading}, timeout=_PATIENCE_SECONDS)
+        if reading.done():
+            return reading.result()
+        self._pause()
+        return None
+
+    async def _read(self, key: bytes) -> Kept | None:
+        with contextlib.suppress(*REDIS_ERRORS):
+            with self._metrics.redis_operation("cache_read"):
+                packed: Any = await self._state.redis.get(_slot(key))
+            return _unpack(packed, key)
+        self._pause()
+        return None
+
+    async def _write(self, key: bytes, kept: Kept, milliseconds: int) -> None:
+        with contextlib.suppress(*REDIS_ERRORS):
+            with self._metrics.redis_operation("cache_write"):
+                await self._state.redis.set(_slot(key), _pack(key, kept), px=milliseconds)
+            return
+        self._pause()
+
+    def _pause(self) -> None:
+        self._paused_until = time.monotonic() + _PAUSE_SECONDS
+
+    def _start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.create_task(work)
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+        return task
+
+
+def _slot(key: bytes) -> str:
+    return f"cc:1:f:{int.from_bytes(key[:4], 'big') % SLOTS}"
+
+
+def _pack(key: bytes, kept: Kept) -> bytes:
+    return _HEADER.pack(key, kept.valid_until, kept.batch_rows) + kept.body
+
+
+def _unpack(packed: bytes | None, key: bytes) -> Kept | None:
+    """What `_pack` packed, None if it was for another key."""
+    if packed is None or len(packed) <= _HEADER.size:
+        return None
+    owner, valid_until, batch_rows = _HEADER.unpack_from(packed)
+    return Kept(valid_until, batch_rows, packed[_HEADER.size :]) if owner == key else None

@@ -1,0 +1,162 @@
+"""Which jobs a batch holds and why, and which requests are refused before they wait."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from model_store.manifest import Manifest
+from models.forecaster import ForecastInput
+from service.engine.batcher import Batcher, Bound, DeadlineExceeded, EngineStopped, Job, Overloaded
+from service.engine.registry import LoadedModel
+from tests.service.conftest import Faulty, PutNaive
+
+pytestmark = pytest.mark.anyio
+
+MakeJob = Callable[..., Job]
+
+
+@pytest.fixture
+def job(put_naive: PutNaive, faulty: Faulty, forecast_input: Callable[..., ForecastInput]) -> MakeJob:
+    """A job `seconds` before its deadline; jobs of one horizon share a bucket."""
+    manifest: Manifest = put_naive()
+
+    def make(seconds: float = 100.0, horizon: int = 3, seed: int = 0) -> Job:
+        deadline = time.monotonic() + seconds
+        future = asyncio.get_running_loop().create_future()
+        return Job(LoadedModel(manifest, faulty), forecast_input(seed, horizon), future, deadline, deadline)
+
+    return make
+
+
+def take(batcher: Batcher) -> Bound:
+    bound = batcher.take()
+    assert bound is not None
+    return bound
+
+
+async def test_batches_say_why_they_are_no_larger(job: MakeJob) -> None:
+    batcher = Batcher(max_rows=2)
+    for made in (job(1), job(2), job(3), job(4, horizon=9)):
+        batcher.put(made)
+    assert [take(batcher).reason for _ in range(3)] == ["full", "oldest_deadline", "freed"]
+
+
+async def test_a_request_that_finds_the_engine_waiting_is_taken_at_once(job: MakeJob) -> None:
+    batcher = Batcher(max_rows=2)
+    gone, only = job(), job()
+    gone.future.cancel()
+    batcher.put(gone)
+    taken = asyncio.create_task(asyncio.to_thread(take, batcher))
+    while batcher.depth:  # forgotten by the thread, which then has nothing to do
+        await asyncio.sleep(0.001)
+    batcher.put(only)
+    assert await taken == Bound([only], "idle")
+
+
+async def test_jobs_put_back_are_computed_alone(job: MakeJob) -> None:
+    batcher = Batcher(max_rows=8)
+    first, second, other = job(1), job(2), job(3)
+    batcher.put(first)
+    batcher.put(second)
+    assert batcher.put_back(take(batcher).jobs)
+    batcher.put(other)
+    assert [take(batcher) for _ in range(3)] == [
+        Bound([first], "alone"),
+        Bound([second], "alone"),
+        Bound([other], "freed"),
+    ]
+
+
+async def test_a_second_waiter_makes_a_job_both_more_urgent_and_longer_wanted(job: MakeJob) -> None:
+    batcher = Batcher(max_rows=1)
+    early, late = job(10), job(20, seed=1)
+    batcher.put(early)
+    batcher.put(late)
+    assert batcher.join(late, time.monotonic() + 5)
+    assert batcher.join(late, time.monotonic() + 90)
+    assert take(batcher).jobs == [late]
+    assert late.until > time.monotonic() + 80
+
+
+async def test_nobody_joins_what_is_given_up(job: MakeJob) -> None:
+    batcher = Batcher(max_rows=1)
+    cancelled, late = job(), job(-1)
+    cancelled.future.cancel()
+    assert not batcher.join(cancelled, time.monotonic() + 9)
+    assert not batcher.join(late, time.monotonic() + 9)
+
+
+async def test_nothing_measured_refuses_nobody(job: MakeJob) -> None:
+    batcher = Batcher(max_rows=1)
+    for _ in range(50):
+        batcher.put(job(0.5))
+    assert batcher.depth == 50
+    assert batcher.drain_seconds() == 0
+
+
+async def test_what_an_idle_engine_cannot_do_in_time_is_refused_as_late(job: MakeJob) -> None:
+    batcher = Batcher(max_rows=1)
+    batcher.record(job().bucket, 1, 2.0)
+    with pytest.raises(DeadlineExceeded, match="about 2000 ms"):
+        batcher.put(job(1))
+    batcher.put(job(3))
+
+
+async def test_a_queue_too_long_for_the_deadline_is_refused_with_its_drain_time(job: MakeJob) -> None:
+    batcher = Batcher(max_rows=2)
+    for rows in (1, 2):
+        batcher.record(job().bucket, rows, 2.0)
+    for _ in range(5):
+        batcher.put(job(7))  # the fifth and sixth would share the third batch
+    batcher.put(job(7.5))
+    with pytest.raises(Overloaded) as refused:
+        batcher.put(job(7.9))
+    assert refused.value.retry_after == 6
+    assert batcher.depth == 6
+
+
+async def test_jobs_that_can_wait_longer_are_not_in_the_way(job: MakeJob) -> None:
+    batcher = Batcher(max_rows=1)
+    batcher.record(job().bucket, 1, 2.0)
+    for _ in range(10):
+        batcher.put(job(100))
+    batcher.put(job(3))
+    assert batcher.drain_seconds() == pytest.approx(22)
+
+
+async def test_the_batch_that_runs_counts_until_it_should_have_ended(job: MakeJob) -> None:
+    batcher = Batcher(max_rows=1)
+    batcher.record(job().bucket, 1, 50.0)
+    batcher.put(job())
+    take(batcher)
+    assert 49 < batcher.drain_seconds() <= 50
+    with pytest.raises(Overloaded):
+        batcher.put(job(60))
+    batcher.record(job().bucket, 1, 0.001)
+    assert batcher.drain_seconds() <= 0.001
+
+
+async def test_a_closed_batcher_takes_and_gives_nothing(job: MakeJob) -> None:
+    batcher = Batcher(max_rows=1)
+    waiting = job()
+    batcher.put(waiting)
+    assert batcher.close() == [waiting]
+    assert batcher.take() is None
+    assert not batcher.put_back([waiting])
+    with pytest.raises(EngineStopped):
+        batcher.put(job())
+
+
+async def test_versions_runtimes_and_dtypes_never_share_a_batch(job: MakeJob, put_naive: Any) -> None:
+    one = job()
+    buckets = {one.bucket}
+    for model in (
+        LoadedModel(put_naive(created_at="2025-03-03T00:00:00Z"), one.model.forecaster),
+        LoadedModel(one.model.manifest, one.model.forecaster, runtime="compiled"),
+        LoadedModel(one.model.manifest, one.model.forecaster, dtype="bfloat16"),
+    ):
+        buckets.add(Job(model, one.item, one.future, one.deadline, one.deadline).bucket)
+    assert len(buckets) == 4

@@ -4,15 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from bench.published import toto_weights as weights_of
 from models.layers import WeightsMismatch, load_strictly
 from models.toto.forecaster import TotoDecoder, TotoForecaster
 from models.toto.network import TotoConfig, TotoNetwork
 
 TOLERANCE = 1e-5
-
-
-def weights_of(reference):
-    return {name: tensor for name, tensor in reference.model.state_dict().items() if "rotary" not in name}
 
 
 @pytest.fixture(scope="module")

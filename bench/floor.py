@@ -60,14 +60,18 @@ def _row(
     fastest = min(sides, key=found.median)
     runtime, dtype = fastest.split()
     ratio = found.ratio(fastest, dtype)
+    read = sum(stage.operand_elements for stage in wanted) * _DTYPES[dtype].itemsize
+    flops = sum(stage.flops for stage in wanted)
     detail = {
         "runtime": runtime,
         "dtype": dtype,
         "rounds": found.rounds,
         "interval": [ratio.low, ratio.high],
         "milliseconds": {side: 1e3 * found.median(side) for side in found.seconds},
-        "floor_gflop": sum(stage.flops for stage in wanted) / 1e9,
-        "floor_gflop_per_second": sum(stage.flops for stage in wanted) / 1e9 / found.median(dtype),
+        "floor_gflop": flops / 1e9,
+        "floor_gflop_per_second": flops / 1e9 / found.median(dtype),
+        "floor_gigabytes": read / 1e9,
+        "floor_gigabytes_per_second": read / 1e9 / found.median(dtype),
     }
     return [Row(work, "its matrix products and weight reads alone", ratio.value, _REACH, "lower", "×", detail)]
 

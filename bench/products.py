@@ -41,6 +41,11 @@ class Stage:
     def flops(self) -> int:
         return self.repeats * sum(product.flops for product in self.products)
 
+    @property
+    def operand_elements(self) -> int:
+        """Elements read of weights, keys and values."""
+        return self.repeats * sum(product.operand_elements for product in self.products)
+
 
 def kronos_stages(
     config: Mapping[str, Any], *, symbols: int, paths: int, context: int, slots: int, steps: int

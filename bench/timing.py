@@ -19,6 +19,7 @@ Clock = Callable[[], float]
 _RESAMPLES: Final = 2000
 _MOST_REPEATS: Final = 8
 _MOST_ROUNDS: Final = 200
+_SHORT: Final = 1.0
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,7 @@ def race(
     counts as the slowest.
     """
     replaced = warm_up or {}
-    first = {name: stopwatch(replaced.get(name, work)) for name, work in sides.items()}
-    if not replaced:
-        first = {name: stopwatch(work) for name, work in sides.items()}  # the first call compiled and allocated
+    first = {name: _warm(replaced.get(name, work), stopwatch) for name, work in sides.items()}
     slowest = max(first.values())
     repeats = {
         name: 1 if name in replaced else int(min(_MOST_REPEATS, max(1, slowest // max(taken, 1e-9))))
@@ -94,6 +93,12 @@ def race(
         for name in order if turn % 2 == 0 else reversed(order):
             taken[name].append(float(np.median([stopwatch(sides[name]) for _ in range(repeats[name])])))
     return Race({name: tuple(values) for name, values in taken.items()})
+
+
+def _warm(work: Work, stopwatch: Stopwatch) -> float:
+    """Seconds of a call; of a second one where the first was so short that compiling may have been most of it."""
+    taken = stopwatch(work)
+    return stopwatch(work) if taken < _SHORT else taken
 
 
 def wall_time(work: Work) -> float:

@@ -1,23 +1,14 @@
 """Print the table of the numbers to reach, and write it beside: python -m bench --help."""
 
-import sys
-import traceback
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import click
-import torch
 
 from bench import curves, floor, forecasts, http
-from bench.facts import header, machine_facts
-from bench.printed import print_report
-from bench.rows import Curve, Failure, Report, Row
-from bench.workbench import Workbench
-
-Measure = Callable[[Workbench], Iterable[Row | Curve]]
+from bench.run import RESULTS, Measure, run
 
 MEASURES: Final[Mapping[str, Measure]] = {
     "start": http.start,
@@ -39,27 +30,6 @@ MEASURES: Final[Mapping[str, Measure]] = {
     "curve-toto-symbols": curves.curve_of_toto_symbols,
     "curve-context": curves.curve_of_context,
 }
-_QUICK_PACE: Final = 0.2
-RESULTS: Final = Path(__file__).parent / "results"
-
-
-def measure(bench: Workbench, measures: Mapping[str, Measure], machine: Mapping[str, Any]) -> Report:
-    """Everything that could be measured; what failed is a Failure and loses nothing else."""
-    rows: list[Row] = []
-    lines: list[Curve] = []
-    failures: list[Failure] = []
-    for name, take in measures.items():
-        click.echo(f"  {name} …", err=True)
-        try:
-            for found in take(bench):
-                if isinstance(found, Row):
-                    rows.append(found)
-                else:
-                    lines.append(found)
-        except Exception as error:  # noqa: BLE001 - one measurement must not lose the others
-            traceback.print_exc()
-            failures.append(Failure(name, f"{type(error).__name__}: {error}"))
-    return Report(machine, rows, lines, failures)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -72,21 +42,6 @@ def measure(bench: Workbench, measures: Mapping[str, Measure], machine: Mapping[
 def main(device: str, only: Sequence[str], quick: bool, results: Path) -> None:
     """Measure this project beside the reference implementations and the floor of the hardware."""
     run({name: MEASURES[name] for name in (only or MEASURES)}, device, quick, results)
-
-
-def run(measures: Mapping[str, Measure], device: str, quick: bool, results: Path, kind: str = "") -> None:
-    """Measure, print, write; exit status 1 if a measurement failed."""
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise click.ClickException("torch sees no CUDA device")
-    warnings.simplefilter("ignore")  # the reference implementations warn on every call
-    facts = machine_facts(device)
-    click.echo(header(facts))
-    with Workbench(device, _QUICK_PACE if quick else 1.0) as bench:
-        report = measure(bench, measures, {**facts, "quick": quick})
-    print_report(report)
-    day = facts["date"][:10]
-    click.echo(f"written: {report.write(results, f'{day}-{device}{kind}').name}")
-    sys.exit(1 if report.failures else 0)
 
 
 if __name__ == "__main__":

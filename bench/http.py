@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any, Final
 
 from bench.load import SEED, percentile
-from bench.processes import Load, ServerFailed, free_port, server, wait_until_listening
+from bench.processes import Load, ServerFailed, free_port, server, wait_until_answering, wait_until_listening
 from bench.published import request
 from bench.rows import Row
 from bench.service import Service, forecast_body, start_service
@@ -21,7 +21,7 @@ from models.forecaster import Forecaster, forecast, pad_rows
 
 CANDLES: Final = 512
 _ENGINE: Final = ("prepare", "run", "finish")
-_IMPORTS: Final = "import candlecast, service.main, service.app, models.families"
+_IMPORTS: Final = "import candlecast, service.main"
 _MANY: Final = 64
 _LOAD: Final = 0.8
 
@@ -91,10 +91,11 @@ def against_plain_fastapi(bench: Workbench) -> list[Row]:
     return [against_server(bench, "the reference predictor in plain FastAPI", command)]
 
 
-def against_server(bench: Workbench, name: str, command: Sequence[str]) -> Row:
+def against_server(bench: Workbench, name: str, command: Sequence[str], envelope: bytes = b"%b") -> Row:
     """Forecasts/s of ours over those of a server that wraps the reference predictor at `/predict`.
 
-    `command` serves on the `--port` appended to it. Both are asked for one path, the reference's own default.
+    `command` serves on the `--port` appended to it and takes the request in `envelope`. Both are asked for one path,
+    the reference's own default.
     """
     clients, seconds = 8 if bench.quick else _MANY, bench.seconds(10)
     body = forecast_body("kronos", 64, horizon=30, samples=1)
@@ -103,10 +104,10 @@ def against_server(bench: Workbench, name: str, command: Sequence[str]) -> Row:
     port, log = free_port(), bench.folder / "reference.log"
     with server([*command, "--port", str(port)], log) as process:
         wait_until_listening(process, port, log)
-        url = f"http://127.0.0.1:{port}/predict"
-        run(url, body, clients=1, seconds=0.1)
+        url, theirs = f"http://127.0.0.1:{port}/predict", envelope % body
+        wait_until_answering(bench.service.client, url, theirs, log)
         before = _answered(run(bench.service.forecast_url(), body, clients=clients, seconds=seconds))
-        reference = _answered(run(url, body, clients=clients, seconds=seconds))
+        reference = _answered(run(url, theirs, clients=clients, seconds=seconds))
         after = _answered(run(bench.service.forecast_url(), body, clients=clients, seconds=seconds))
     per_second = median([before.per_second, after.per_second])
     detail = {

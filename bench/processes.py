@@ -93,6 +93,15 @@ def wait_until_listening(process: subprocess.Popen[str], port: int, log: Path) -
     raise ServerFailed(f"nothing listens on port {port} after {_PATIENCE:.0f} s: {log.read_text()[-500:]}")
 
 
+def wait_until_answering(client: LoadClient, url: str, body: bytes, log: Path) -> None:
+    """Return when a request is answered by 200: some servers listen long before they can."""
+    end = time.monotonic() + _PATIENCE
+    while (load := client.run(url, body, clients=1, seconds=0.05)).failed:
+        if time.monotonic() > end:
+            raise ServerFailed(f"{load.summary['statuses']} after {_PATIENCE:.0f} s: {log.read_text()[-500:]}")
+        time.sleep(0.5)
+
+
 def free_port() -> int:
     """A port that nobody listens on now."""
     with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -6,11 +6,12 @@ import pytest
 from click.testing import CliRunner
 
 from bench import curves, floor, forecasts, http
-from bench.__main__ import main, measure
+from bench.__main__ import MEASURES, main
 from bench.facts import header, machine_facts
 from bench.printed import print_report
 from bench.published import KRONOS, TOTO_TINY
 from bench.rows import Curve, Row
+from bench.run import measure
 from bench.workbench import Workbench
 
 SMALL = {"n_layers": 1, "d_model": 64, "n_heads": 4, "ff_dim": 64}
@@ -79,7 +80,7 @@ def test_exit_status_tells_whether_everything_was_measured(monkeypatch, tmp_path
             raise RuntimeError("no")
         return [Row("work", "against", 3.0, 2.0, "higher", "×")]
 
-    monkeypatch.setitem(main.callback.__globals__["MEASURES"], "start", take)
+    monkeypatch.setitem(MEASURES, "start", take)
     result = CliRunner().invoke(main, ["--only", "start", "--results", str(tmp_path)])
     assert result.exit_code == int(fails)
     [path] = tmp_path.iterdir()

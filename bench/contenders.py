@@ -12,5 +12,5 @@ from models.forecaster import Forecaster
 def contenders(
     family: str, config: Mapping[str, Any], weights: Mapping[str, Tensor], device: str
 ) -> dict[str, Forecaster]:
-    """Runtime and dtype to forecaster: those that run here and whose parity with fp32 eager holds."""
+    """Those that run here and whose parity with fp32 eager holds, by runtime and dtype as the service names them."""
     return {"eager float32": build_forecaster(family, config, weights, device)}

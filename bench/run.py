@@ -1,6 +1,7 @@
 """Take measurements one after the other; print and write what they found."""
 
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -42,7 +43,8 @@ def measure(bench: Workbench, measures: Mapping[str, Measure], machine: Mapping[
     lines: list[Curve] = []
     failures: list[Failure] = []
     for name, take in measures.items():
-        click.echo(f"  {name} …", err=True)
+        click.echo(f"  {name} … ", nl=False, err=True)
+        began = time.monotonic()
         try:
             for found in take(bench):
                 if isinstance(found, Row):
@@ -52,4 +54,5 @@ def measure(bench: Workbench, measures: Mapping[str, Measure], machine: Mapping[
         except Exception as error:  # noqa: BLE001 - one measurement must not lose the others
             traceback.print_exc()
             failures.append(Failure(name, f"{type(error).__name__}: {error}"))
+        click.echo(f"{time.monotonic() - began:.0f} s", err=True)
     return Report(machine, rows, lines, failures)

@@ -130,6 +130,14 @@ async def test_an_answer_in_pieces_is_put_together():
     assert (answer.status, answer.body) == (503, b'{"a": 1}')
 
 
+async def test_a_server_that_closes_after_every_answer_is_asked_over_a_new_connection():
+    server = Server(lambda body, number: ANSWER.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+    async with listening(server) as target:
+        records = await closed_loop(target, clients=1, seconds=0.1)
+    assert {record.status for record in records} == {200}
+    assert server.connections == len(records) > 1
+
+
 async def test_what_is_not_http_is_a_broken_connection():
     async with listening(Server(lambda body, number: b"nonsense\r\n\r\n")) as target:
         connection = Connection(target.host, target.port)

@@ -65,7 +65,7 @@ def _curve(
     for value in values:
         items = asked(value)
         sides = {label: partial(_in_batches, each, items) for label, each in ours.items()}
-        found = bench.race(sides, 3, at_least=1)
+        found = bench.race(sides, 2, at_least=1)
         for label in ours:
             measured[label].append(1e3 * found.median(label) / len(items))
     return [Curve(title, axis, values, measured)]

@@ -56,7 +56,7 @@ def _row(
         dtype: floor_work(wanted, _DTYPES[dtype], bench.device) for dtype in {label.split()[1] for label in comparable}
     }
     sides: dict[str, Work] = {label: partial(forecast, each, items) for label, each in comparable.items()}
-    found = bench.race({**sides, **floors}, 15)
+    found = bench.race({**sides, **floors}, 12)
     fastest = min(sides, key=found.median)
     runtime, dtype = fastest.split()
     ratio = found.ratio(fastest, dtype)

@@ -12,7 +12,7 @@ from models.forecaster import Forecaster, ForecastInput, forecast
 
 REFERENCE = "reference"
 CONTEXT, HORIZON = 64, 30  # Kronos
-TOTO_HORIZON, TOTO_SAMPLES, SAMPLES_PER_BATCH = 64, 256, 16
+TOTO_HORIZON, TOTO_SAMPLES, QUICK_SAMPLES = 64, 256, 16
 
 
 def kronos_one_path(bench: Workbench) -> list[Row]:
@@ -22,19 +22,20 @@ def kronos_one_path(bench: Workbench) -> list[Row]:
 
 def kronos_many_paths(bench: Workbench) -> list[Row]:
     """Thirty-two paths of one symbol, as a request has them by default."""
-    return _kronos(bench, "Kronos-small 64→30, 32 paths", 1, 32, reach=60, seconds=60, at_least=1 if bench.quick else 2)
+    return _kronos(bench, "Kronos-small 64→30, 32 paths", 1, 32, reach=60, seconds=45, at_least=1 if bench.quick else 2)
 
 
 def kronos_many_symbols(bench: Workbench) -> list[Row]:
     """Sixteen symbols in one batch, per forecast; the reference is called for one after the other."""
-    return _kronos(bench, "Kronos-small 64→30, 16 symbols at once", 16, 1, reach=30, seconds=60, at_least=2)
+    return _kronos(bench, "Kronos-small 64→30, 16 symbols at once", 16, 1, reach=30, seconds=45, at_least=2)
 
 
 def toto_quantiles(bench: Workbench) -> list[Row]:
     """Exact quantiles against those of drawn samples. One round takes the reference minutes: there is but one."""
     item, reference = request(_toto_context(bench), TOTO_HORIZON, seed=1), bench.toto_reference
-    samples = SAMPLES_PER_BATCH if bench.quick else TOTO_SAMPLES
-    theirs = partial(reference.forecast, item, samples, SAMPLES_PER_BATCH)
+    samples = QUICK_SAMPLES if bench.quick else TOTO_SAMPLES
+    at_once = min(samples, 16 if bench.device == "cpu" else 128)
+    theirs = partial(reference.forecast, item, samples, at_once)
     warm_up = {REFERENCE: partial(reference.forecast, item, None)}
     found = bench.race(_sides(bench.toto, [item], theirs), 1, warm_up=warm_up, at_least=1)
     return _row(
@@ -42,7 +43,7 @@ def toto_quantiles(bench: Workbench) -> list[Row]:
         f"Toto-base {len(item.candles)}→64, quantiles",
         f"reference, {samples} samples",
         reach=500 * samples / TOTO_SAMPLES,  # its time is linear in them
-        samples_per_batch=SAMPLES_PER_BATCH,
+        samples_per_batch=at_once,
     )
 
 

@@ -2,13 +2,14 @@
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from bench.rows import Curve, Report
+from bench.rows import Curve, Report, Row
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
     """The table of rows, the curves and what failed."""
-    console = console or Console(width=150)
+    console = console or Console(width=180)
     if report.rows:
         console.print(_table(report))
     for curve in report.curves:
@@ -18,16 +19,29 @@ def print_report(report: Report, console: Console | None = None) -> None:
 
 
 def _table(report: Report) -> Table:
-    table = Table("work", "reached", "to reach", "against", "verdict", "by")
+    table = Table("work", "reached", "to reach", "against", "verdict", "by", "measured")
     for row in report.rows:
         by = " ".join(str(row.detail[key]) for key in ("runtime", "dtype") if key in row.detail)
-        interval = ""
-        if "interval" in row.detail and row.unit == "×":
-            low, high = row.detail["interval"]
-            interval = f" [{low:.3g}, {high:.3g}]"
         reached, reach = row.shown()
-        table.add_row(row.work, reached + interval.replace("[", "\\["), reach, row.against, row.verdict, by)
+        cells = (row.work, reached + _interval(row), reach, row.against, row.verdict, by, _sides(row))
+        table.add_row(*(Text(cell) for cell in cells))
     return table
+
+
+def _interval(row: Row) -> str:
+    if "interval" not in row.detail:
+        return ""
+    low, high = row.detail["interval"]
+    return f" [{low:.3g}, {high:.3g}]"
+
+
+def _sides(row: Row) -> str:
+    """What the two sides took, or did in a second."""
+    times, rates = row.detail.get("milliseconds", {}), row.detail.get("per_second", {})
+    return ", ".join(
+        [f"{side} {value:.4g} ms" for side, value in times.items()]
+        + [f"{side} {value:.4g}/s" for side, value in rates.items()]
+    )
 
 
 def _curve(curve: Curve) -> Table:

@@ -4,6 +4,7 @@ Both run on the service's own server stack: python -m bench.baselines reference 
 """
 
 import argparse
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,16 @@ from bench.predictor import ReferencePredictor
 
 
 def create_reference_app(predictor: ReferencePredictor) -> FastAPI:
-    """A sync endpoint around the predictor, as its users write it: one thread of the pool per request."""
-    app = FastAPI()
+    """A sync endpoint around the predictor, as its users write it.
+
+    One forecast at a time: the predictor keeps its rotary angles between calls, and two threads spoil each other's.
+    """
+    app, alone = FastAPI(), threading.Lock()
 
     @app.post("/predict")
     def predict(body: dict[str, Any]) -> dict[str, Any]:
-        return predictor.predict(body)
+        with alone:
+            return predictor.predict(body)
 
     return app
 

@@ -1,6 +1,9 @@
 """What the service is measured against answers what it should."""
 
+import asyncio
 import json
+import os
+import threading
 
 import httpx
 import pytest
@@ -33,6 +36,22 @@ async def test_reference_answers_the_very_body_that_the_service_takes():
     async with client(create_reference_app(Predictor())) as caller:
         answer = await caller.post("/predict", content=body, headers={"Content-Type": "application/json"})
     assert answer.json() == {"forecast": [[30, 1, 64]]}
+
+
+async def test_reference_is_never_asked_by_two_threads_at_once():
+    alone, overlaps = threading.Lock(), []
+
+    class Slow(Predictor):
+        def predict(self, body):
+            overlaps.append(not alone.acquire(blocking=False))
+            os.sched_yield()
+            alone.release()
+            return super().predict(body)
+
+    body = json.loads(forecast_body("kronos", 64, horizon=30, samples=1))
+    async with client(create_reference_app(Slow())) as caller:
+        await asyncio.gather(*(caller.post("/predict", json=body) for _ in range(16)))
+    assert overlaps == [False] * 16
 
 
 async def test_bare_endpoint_answers_its_bytes():

@@ -5,7 +5,8 @@
 
 BIN := .venv/bin
 PINS := -c requirements.lock -c constraints.txt
-SOURCES := models model_store training service tests candlecast.py
+SOURCES := models model_store training service bench tests candlecast.py
+DEVICE ?= cpu
 # The first Python on the PATH that is new enough; PYTHON=... overrides it.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
@@ -24,6 +25,12 @@ test: lint ## lint, types, every test but the long ones
 test-long: .venv/.tested ## the tests that take minutes
 	$(BIN)/pytest -m long
 
+bench: .venv/.tested ## the numbers beside the references and the hardware floor; DEVICE=cuda, BENCH="--quick --only start"
+	$(BIN)/python -m bench --device $(DEVICE) $(BENCH)
+
+bench-peers: .venv/.tested .venv-peers/.installed ## the service beside LitServe, BentoML and Ray Serve
+	$(BIN)/python -m bench.peers --device $(DEVICE) --python .venv-peers/bin/python $(BENCH)
+
 lint: .venv/.tested ## ruff and mypy --strict
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
@@ -38,12 +45,12 @@ format: .venv/.tested ## let ruff format and fix the sources
 lock: .venv/bin/python ## compile requirements.lock from pyproject.toml under constraints.txt
 	$(BIN)/pip install --quiet uv
 	UV_FIND_LINKS="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-}}" $(BIN)/uv pip compile --quiet --upgrade pyproject.toml \
-		--all-extras -c constraints.txt --python-version 3.11 --no-annotate --no-emit-index-url --no-emit-find-links \
+		--extra samples --extra test --extra reference -c constraints.txt --python-version 3.11 --no-annotate --no-emit-index-url --no-emit-find-links \
 		--custom-compile-command "make lock" -o requirements.lock
 	sed -i -E 's/^([^#;]+==[^+;]+)\+[a-z0-9.]+/\1/' requirements.lock
 
 clean: ## delete the environment and every cache; candles, models and what the service wrote stay
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf .venv .venv-peers .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
 	find $(wildcard $(SOURCES)) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/bin/python:
@@ -60,4 +67,11 @@ clean: ## delete the environment and every cache; candles, models and what the s
 	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps -r tests/reference.txt
 	touch $@
 
-.PHONY: help serve test test-long lint format lock clean
+# The servers pin packages that ours has outgrown: only what theirs and the reference predictor import goes in beside them.
+.venv-peers/.installed: pyproject.toml constraints.txt tests/reference.txt | .venv/bin/python
+	$(BIN)/python -m venv .venv-peers
+	.venv-peers/bin/pip install --disable-pip-version-check -c constraints.txt -e '.[peers,reference]'
+	.venv-peers/bin/pip install --disable-pip-version-check --quiet --no-deps -r tests/reference.txt
+	touch $@
+
+.PHONY: help serve test test-long bench bench-peers lint format lock clean

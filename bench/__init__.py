@@ -1,1 +1,1 @@
-"""Benchmarks against the reference implementations and against the hardware's floor."""
+"""Side-by-side benchmarks: against the reference implementations and against the floor of the hardware."""

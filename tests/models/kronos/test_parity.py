@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
+from bench.published import kronos_weights as weights_of
 from models.calendars import calendar_features
 from models.forecaster import forecast
 from models.kronos.decoder import Tokens
@@ -12,16 +13,6 @@ from models.kronos.forecaster import KronosForecaster, normalise
 from models.layers import WeightsMismatch
 
 HORIZON = 30
-
-
-def weights_of(tokenizer, predictor):
-    parts = {"tokenizer": tokenizer, "predictor": predictor}
-    return {
-        f"{part}.{name}": tensor
-        for part, network in parts.items()
-        for name, tensor in network.state_dict().items()
-        if "rotary" not in name and "bsq" not in name
-    }
 
 
 @pytest.fixture(scope="module", params=["mini", "small"])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench.published import toto_weights as weights_of
 from models.forecaster import forecast
 from models.layers import WeightsMismatch, load_strictly
 from models.toto.decoder import Cache, Projected, TotoDecoder
@@ -11,10 +12,6 @@ from models.toto.forecaster import TotoForecaster
 from models.toto.network import TotoConfig, TotoNetwork
 
 TOLERANCE = 1e-5
-
-
-def weights_of(reference):
-    return {name: tensor for name, tensor in reference.model.state_dict().items() if "rotary" not in name}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,117 @@
+"""The floor: the same matrix products in the same dtype and nothing else, over operands as large as the real ones."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from bench.products import Product, Stage, kronos_stages, toto_stages
+from bench.published import request
+from bench.rows import Row
+from bench.timing import Work
+from bench.workbench import Workbench
+from models.forecaster import Batch, Forecaster, ForecastInput, forecast
+
+_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_REACH: Final = 1.5
+
+Stages = Callable[[Batch], list[Stage]]
+
+
+def kronos_floor(bench: Workbench, symbols: int, paths: int) -> list[Row]:
+    """Kronos-small 64→30."""
+    items = [request(64, 30, seed, samples=paths) for seed in range(symbols)]
+
+    def stages(batch: Batch) -> list[Stage]:
+        count, drawn, slots, _ = batch.tensors["uniforms"].shape
+        context = batch.tensors["candles"].shape[1]
+        shapes = {"symbols": count, "paths": drawn, "context": context, "slots": slots, "steps": items[0].horizon}
+        return kronos_stages(bench.kronos_config, **shapes)
+
+    work = f"engine on Kronos-small 64→30, {_plural(symbols, 'symbol')}, {_plural(paths, 'path')}"
+    return _row(bench, work, bench.kronos, items, stages)
+
+
+def toto_floor(bench: Workbench) -> list[Row]:
+    """Toto-base, whole context."""
+    longest = max(forecaster.limits.max_context for forecaster in bench.toto.values())
+
+    def stages(batch: Batch) -> list[Stage]:
+        rows, _, length = batch.tensors["values"].shape
+        patches = length // bench.toto_network["patch_size"]
+        return toto_stages(bench.toto_network, symbols=rows, patches=patches)
+
+    return _row(bench, f"engine on Toto-base {longest}→64", bench.toto, [request(longest, 64, seed=1)], stages)
+
+
+def _row(
+    bench: Workbench, work: str, ours: dict[str, Forecaster], items: Sequence[ForecastInput], stages: Stages
+) -> list[Row]:
+    """Engine time (prepare, run, finish) of the fastest contender over the floor of its dtype."""
+    comparable = {label: each for label, each in ours.items() if label.split()[1] in _DTYPES}
+    wanted = stages(next(iter(comparable.values())).prepare(items))
+    floors = {
+        dtype: floor_work(wanted, _DTYPES[dtype], bench.device) for dtype in {label.split()[1] for label in comparable}
+    }
+    sides: dict[str, Work] = {label: partial(forecast, each, items) for label, each in comparable.items()}
+    found = bench.race({**sides, **floors}, 12)
+    fastest = min(sides, key=found.median)
+    runtime, dtype = fastest.split()
+    ratio = found.ratio(fastest, dtype)
+    read = sum(stage.operand_elements for stage in wanted) * _DTYPES[dtype].itemsize
+    flops = sum(stage.flops for stage in wanted)
+    detail = {
+        "runtime": runtime,
+        "dtype": dtype,
+        "rounds": found.rounds,
+        "interval": [ratio.low, ratio.high],
+        "milliseconds": {side: 1e3 * found.median(side) for side in found.seconds},
+        "floor_gflop": flops / 1e9,
+        "floor_gflop_per_second": flops / 1e9 / found.median(dtype),
+        "floor_gigabytes": read / 1e9,
+        "floor_gigabytes_per_second": read / 1e9 / found.median(dtype),
+    }
+    return [Row(work, "its matrix products and weight reads alone", ratio.value, _REACH, "lower", "×", detail)]
+
+
+def floor_work(stages: Sequence[Stage], dtype: torch.dtype, device: str) -> Work:
+    """Something to time: every product back to back, outputs allocated beforehand; one graph on CUDA."""
+    calls = [(stage.repeats, [call for p in stage.products for call in _calls(p, dtype, device)]) for stage in stages]
+
+    @torch.inference_mode()
+    def work() -> None:
+        for repeats, sequence in calls:
+            for _ in range(repeats):
+                for multiply, left, right, out in sequence:
+                    multiply(left, right, out=out)
+
+    return _captured(work) if torch.device(device).type == "cuda" else work
+
+
+def _calls(product: Product, dtype: torch.dtype, device: str) -> list[tuple[Any, Tensor, Tensor, Tensor]]:
+    """The calls of one product, each with a right-hand side of its own, laid out as networks lay out weights."""
+    batch = (product.batch,) if product.batch > 1 else ()
+    left = torch.randn(*batch, product.rows, product.inner, device=device).to(dtype)
+    out = torch.empty(*batch, product.rows, product.columns, device=device, dtype=dtype)
+    multiply = torch.bmm if batch else torch.mm
+    return [
+        (multiply, left, torch.randn(*batch, product.columns, product.inner, device=device).to(dtype).mT, out)
+        for _ in range(product.count)
+    ]
+
+
+def _captured(work: Work) -> Work:
+    """`work` as one CUDA graph: its kernels without the time to launch them."""
+    work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    replay: Work = graph.replay
+    return replay
+
+
+def _plural(count: int, word: str) -> str:
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"

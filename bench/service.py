@@ -1,0 +1,111 @@
+"""The service under test: a store with published-size versions, `candlecast serve` over it, requests to send."""
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+from urllib.request import Request, urlopen
+
+from torch import Tensor
+
+from bench.load import SEED
+from bench.processes import LoadClient, ServerFailed, server
+from bench.published import HOUR_MS, walk
+from model_store.store import ModelStore
+from models.forecaster import Forecaster
+
+_WARM_UP_SECONDS: Final = 300.0
+_SYMBOL: Final = "BENCH"
+
+
+@dataclass(frozen=True)
+class Service:
+    """A running service and the client that loads it."""
+
+    url: str
+    ready_seconds: float  # from the start of the process until it listens
+    client: LoadClient
+
+    def forecast_url(self) -> str:
+        return f"{self.url}/forecast/{_SYMBOL}"
+
+    def ask(self, body: bytes, seed: int = 0) -> bytes:
+        """One answer, of status 200."""
+        return self._send("POST", self.forecast_url(), body.replace(SEED, b"%d" % seed))
+
+    def put_history(self, length: int) -> None:
+        """Store the newest `length` hourly candles of the symbol."""
+        self._send("PUT", f"{self.url}/candles/{_SYMBOL}", json.dumps({"candles": _rows(length)}).encode())
+
+    def warm_up(self, body: bytes) -> dict[str, Any]:
+        """Ask until the answers come from the runtime that the service settles on; the last answer."""
+        end = time.monotonic() + _WARM_UP_SECONDS
+        while True:
+            answer: dict[str, Any] = json.loads(self.ask(body, seed=time.monotonic_ns() % 2**40))
+            if not answer["meta"]["degraded"]:
+                return answer
+            if time.monotonic() > end:
+                raise ServerFailed(f"the service is degraded after its warm-up: {answer['meta']['degraded']}")
+            time.sleep(0.2)
+
+    def _send(self, method: str, url: str, body: bytes) -> bytes:
+        asked = Request(url, body, {"Content-Type": "application/json"}, method=method)
+        with urlopen(asked, timeout=_WARM_UP_SECONDS) as answer:
+            content: bytes = answer.read()
+        return content
+
+
+@contextlib.contextmanager
+def start_service(store: ModelStore, home: Path, settings: Mapping[str, str]) -> Iterator[Service]:
+    """`candlecast serve --json` on free ports, its files under `home`."""
+    home.mkdir(parents=True, exist_ok=True)
+    environment = {
+        "CANDLECAST_HOME": str(home),
+        "CANDLECAST_STORE_ROOT": str(store.root),
+        "CANDLECAST_PORT": "0",
+        "CANDLECAST_ADMIN_PORT": "0",
+        "CANDLECAST_REQUEST_TIMEOUT_MS": "600000",
+        **settings,
+    }
+    log = home / "service.log"
+    started = time.monotonic()
+    with server([sys.executable, "-m", "candlecast", "serve", "--json"], log, environment) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        ready = time.monotonic() - started
+        if not line:
+            raise ServerFailed(f"the service ended before it was ready: {log.read_text()[-500:]}")
+        yield Service(json.loads(line)["url"], ready, LoadClient(home))
+
+
+def put_version(
+    store: ModelStore, name: str, config: Mapping[str, Any], weights: Mapping[str, Tensor], forecaster: Forecaster
+) -> str:
+    """Store and promote a version of random weights; its name and version."""
+    manifest = {
+        "model": name,
+        "family": forecaster.family,
+        "origin": {"kind": "imported", "source": "random weights of the published size"},
+        "limits": asdict(forecaster.limits),
+        "created_at": "2025-01-01T00:00:00Z",
+    }
+    complete = store.put(manifest, config, weights)
+    store.promote(f"{name}@{complete.version}", force="random weights cannot be evaluated")
+    return f"{name}@{complete.version}"
+
+
+def forecast_body(model: str, candles: int | None, **fields: Any) -> bytes:
+    """A request over `candles` candles in the body, or over the stored history; every seed of a run is its own."""
+    given = {"candles": _rows(candles), "interval": "1h"} if candles else {}
+    return json.dumps({"model": model, **given, "seed": SEED.decode().strip('"'), **fields}).encode()
+
+
+def _rows(length: int) -> list[list[float]]:
+    """ccxt rows; the last candle closed within the last hour."""
+    last = time.time_ns() // 1_000_000 // HOUR_MS * HOUR_MS - HOUR_MS
+    times = [last - HOUR_MS * back for back in range(length)][::-1]
+    return [[moment, *row[:5]] for moment, row in zip(times, walk(length, seed=1).round(4).tolist(), strict=True)]

@@ -1,0 +1,93 @@
+"""What the rows share: networks, forecasters, a store and a running service, each made when a row first asks."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import TracebackType
+from typing import Any
+
+from bench.contenders import contenders
+from bench.published import KRONOS, TOTO_BASE, toto_config
+from bench.references import KronosReference, TotoReference
+from bench.service import Service, put_version, start_service
+from bench.timing import Race, Stopwatch, Work, race, stopwatch_for
+from model_store.store import ModelStore
+from models.forecaster import Forecaster
+
+TOTO, KRONOS_SMALL = "toto-base", "kronos-small"  # their names in the store
+
+
+@dataclass
+class Workbench:
+    """One run of the benchmark; `pace` below 1 shortens it. The networks have the published sizes."""
+
+    device: str = "cpu"
+    pace: float = 1.0
+    kronos_config: Mapping[str, Any] = field(default_factory=lambda: KRONOS["small"])
+    toto_network: Mapping[str, Any] = field(default_factory=lambda: TOTO_BASE)
+    _stack: ExitStack = field(default_factory=ExitStack)
+
+    def __enter__(self) -> "Workbench":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    @property
+    def quick(self) -> bool:
+        return self.pace < 1
+
+    @property
+    def stopwatch(self) -> Stopwatch:
+        return stopwatch_for(self.device)
+
+    def seconds(self, full: float) -> float:
+        """The time that a row of `full` seconds may take in this run."""
+        return full * self.pace
+
+    def race(self, sides: Mapping[str, Work], seconds: float, **options: Any) -> Race:
+        """`bench.timing.race` on this device, in this run's time."""
+        return race(sides, seconds=self.seconds(seconds), stopwatch=self.stopwatch, **options)
+
+    @cached_property
+    def kronos_reference(self) -> KronosReference:
+        return KronosReference(dict(self.kronos_config), self.device)
+
+    @cached_property
+    def toto_reference(self) -> TotoReference:
+        return TotoReference(dict(self.toto_network), self.device)
+
+    @cached_property
+    def kronos(self) -> dict[str, Forecaster]:
+        return contenders("kronos", self.kronos_config, self.kronos_reference.weights, self.device)
+
+    @cached_property
+    def toto(self) -> dict[str, Forecaster]:
+        config = toto_config(dict(self.toto_network))
+        return contenders("toto", config, self.toto_reference.weights, self.device)
+
+    @cached_property
+    def folder(self) -> Path:
+        """A temporary folder for the length of the run."""
+        return Path(self._stack.enter_context(TemporaryDirectory(prefix="candlecast-bench-")))
+
+    @cached_property
+    def store(self) -> ModelStore:
+        """A store with both networks in production."""
+        store = ModelStore(self.folder / "store")
+        eager = "eager float32"
+        toto = toto_config(dict(self.toto_network))
+        put_version(store, TOTO, toto, self.toto_reference.weights, self.toto[eager])
+        put_version(store, KRONOS_SMALL, self.kronos_config, self.kronos_reference.weights, self.kronos[eager])
+        return store
+
+    @cached_property
+    def service(self) -> Service:
+        """`candlecast serve` over that store, warm."""
+        settings = {"CANDLECAST_TOTO": TOTO, "CANDLECAST_KRONOS": KRONOS_SMALL, "CANDLECAST_DEVICE": self.device}
+        return self._stack.enter_context(start_service(self.store, self.folder / "home", settings))

@@ -39,8 +39,7 @@ def toto_floor(bench: Workbench) -> list[Row]:
     longest = max(forecaster.limits.max_context for forecaster in bench.toto.values())
 
     def stages(batch: Batch) -> list[Stage]:
-        rows, _, length = batch.tensors["values"].shape
-        patches = length // bench.toto_network["patch_size"]
+        rows, _, patches, _ = batch.tensors["values"].shape
         return toto_stages(bench.toto_network, symbols=rows, patches=patches)
 
     return _row(bench, f"engine on Toto-base {longest}→64", bench.toto, [request(longest, 64, seed=1)], stages)

@@ -35,7 +35,7 @@ class Choice:
 
     label: str
     times_ms: dict[str, tuple[float, float]] = field(default_factory=dict)
-    batch_invariant: bool | None = None  # None: not tested yet
+    batch_invariant: bool | None = None  # None: without a network there is nothing to test
     forced: bool = False  # by CANDLECAST_RUNTIME
 
     @property
@@ -102,7 +102,8 @@ class Selection:
         if forced:
             assert self._forced is not None
             label = self._forced
-        return Choice(label, times, is_batch_invariant(loaded[label]), forced), loaded[label]
+        tested = is_batch_invariant(loaded[label]) if isinstance(eager, Executable) else None
+        return Choice(label, times, tested, forced), loaded[label]
 
     def _load(self, manifest: Manifest, eager: Forecaster, label: str) -> Forecaster:
         if label == FP32_EAGER:

@@ -442,11 +442,17 @@ def promote(reference: str, force: str | None, store_root: Path, as_json: bool) 
 def parity_lines(parity: "Parity") -> list[str]:
     """The comparison with float32, for people."""
     worst = max(parity.functions.items(), key=lambda pair: pair[1])
-    lines = [f"largest error of a function {worst[1]:.1e} ({worst[0]}), equal tokens {parity.equal_tokens:.2%}"]
+    lines = [f"largest error of a function {worst[1]:.1e} ({worst[0]})"]
+    if parity.equal_tokens is not None:
+        lines[0] += f", equal tokens {parity.equal_tokens:.2%}"
     if parity.mae_log_return is not None and parity.mae_log_return_float32:
         change = parity.mae_log_return / parity.mae_log_return_float32 - 1
-        moved = ", ".join(f"{level}: {value:.2%}" for level, value in parity.quantile_shift.items())
-        lines.append(f"MAE over {parity.windows} windows {change:+.3%}; quantiles moved, in 80 % bands: {moved}")
+        lines.append(f"MAE over {parity.windows} windows {change:+.3%}")
+        for level, shift in parity.quantile_shift.items():
+            seed = parity.quantile_shift_of_a_seed.get(level)
+            beside = f" (another seed: {seed:.2%})" if seed else ""
+            bias = parity.quantile_bias[level]
+            lines.append(f"{level} quantile moved by {shift:.2%} of the 80 % band{beside}, on average {bias:+.2%}")
     return lines
 
 

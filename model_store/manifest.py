@@ -102,13 +102,17 @@ class Parity(_Strict):
     """How far an artefact is from the version's float32 functions, executed eagerly."""
 
     functions: dict[str, float] = Field(description="Largest error of a result over its largest magnitude.")
-    equal_tokens: float = Field(description="Share of equal tokens where both start from the same numbers.")
+    equal_tokens: float | None = Field(description="Share of equal tokens; null where none are drawn.")
     windows: int = Field(default=0, description="Calibration windows; the scores below are over their closes.")
     mae_log_return: float | None = None
     mae_log_return_float32: float | None = None
-    quantile_shift: dict[str, float] = Field(
+    quantile_bias: dict[str, float] = Field(
         default_factory=dict,
-        description="Mean distance from float32's quantile, by level, over the mean width of its 80 % band.",
+        description="By level: mean of what the quantile moved from float32's, over the mean width of its 80 % band.",
+    )
+    quantile_shift: dict[str, float] = Field(default_factory=dict, description="The same without signs.")
+    quantile_shift_of_a_seed: dict[str, float] = Field(
+        default_factory=dict, description="The same when float32 draws other paths; empty where none are drawn."
     )
     budget: dict[str, float] = Field(description="What the numbers above had to stay within.")
 

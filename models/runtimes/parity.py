@@ -30,7 +30,7 @@ class FunctionParity:
     """
 
     errors: dict[str, float]
-    equal_tokens: float
+    equal_tokens: float | None  # None: the functions draw none
 
 
 def record(forecaster: Forecaster, inputs: Sequence[ForecastInput]) -> list[Call]:
@@ -70,7 +70,7 @@ def compare(calls: Sequence[Call], functions: Functions, examples: Mapping[str, 
         if agreed == asked:
             found = max((_error(a, b) for a, b in pairs if a.is_floating_point()), default=0.0)
             errors[call.name] = max(errors[call.name], found)
-    return FunctionParity(dict(errors), equal / drawn if drawn else 1.0)
+    return FunctionParity(dict(errors), equal / drawn if drawn else None)
 
 
 def _error(expected: torch.Tensor, found: torch.Tensor) -> float:

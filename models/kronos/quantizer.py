@@ -16,9 +16,9 @@ def quantize(z: Tensor) -> Tensor:
 def pack_bits(code: Tensor) -> Tensor:
     """Index of each code `[..., bits]`, up to 24 of them: bit i is set where component i is positive.
 
-    Summed in float32, exactly: compiled for CPUs, a sum of 64-bit integers over a short axis comes out wrong.
+    In float32, exactly: compiled for CPUs, powers and sums of 64-bit integers over a short axis come out wrong.
     """
-    weights = (2 ** torch.arange(code.shape[-1], device=code.device)).float()
+    weights = torch.exp2(torch.arange(code.shape[-1], device=code.device, dtype=torch.float32)).round()
     return torch.where(code > 0, weights, 0.0).sum(-1).long()
 
 

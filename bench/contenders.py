@@ -1,16 +1,58 @@
 """The ways in which this project can run one version: what every row chooses its headline from."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
 
-from torch import Tensor
+import torch
 
+from model_store.artefacts import find_artefacts, machine_key, read_artefact
+from model_store.store import ModelStore
 from models.families import build_forecaster
 from models.forecaster import Forecaster
+from models.runtimes.cuda_graph import CudaGraphs
+from models.runtimes.functions import Executable
+from models.runtimes.kinds import FP32_EAGER, KINDS, platform_name
+from training import candle_files
+from training.export import export
+from training.sample_data import write_samples
+
+# What is exported before anything is measured, by family: what wins on some machine, no more.
+EXPORTED: Final[Mapping[str, Sequence[str]]] = {
+    "kronos": ("eager-bfloat16", "compiled-bfloat16"),
+    "toto": ("eager-bfloat16",),
+}
+_WINDOWS: Final = 14
 
 
-def contenders(
-    family: str, config: Mapping[str, Any], weights: Mapping[str, Tensor], device: str
-) -> dict[str, Forecaster]:
-    """Those that run here and whose parity with fp32 eager holds, by runtime and dtype as the service names them."""
-    return {"eager float32": build_forecaster(family, config, weights, device)}
+def export_all(store: ModelStore, reference: str, labels: Sequence[str], home: Path, device: str) -> None:
+    """Artefacts of a version, each judged on the sample candles; ExportRefused where parity does not hold."""
+    if not labels:
+        return
+    samples = home / "samples"
+    if not samples.is_dir():
+        write_samples(samples)
+    series, _ = candle_files.load(samples)
+    for label in labels:
+        export(store, reference, KINDS[label], series, key=machine_key(home), device=device, windows=_WINDOWS)
+
+
+def contenders(store: ModelStore, reference: str, home: Path, device: str) -> dict[str, Forecaster]:
+    """Eager float32, every artefact, and graphs on a GPU, by runtime and dtype as the service names them."""
+    version = store.load(reference)
+    eager = build_forecaster(version.manifest.family, version.config, version.weights, device)
+    assert isinstance(eager, Executable)
+    place = platform_name(torch.device(device))
+    found: dict[str, Forecaster] = {FP32_EAGER: eager}
+    for label, artefact in find_artefacts(store, reference, platform=place, torch_version=torch.__version__).items():
+        kind = KINDS[label]
+        files = read_artefact(store, artefact, native=kind.native, key=machine_key(home))
+        found[label] = eager.executed_by(kind.load(eager.decoder, files, torch.get_num_threads()))
+    if torch.device(device).type == "cuda":
+        for dtype in [label.partition("-")[2] for label in found if label.startswith("eager-")]:
+            kind = KINDS[f"cuda_graph-{dtype}"]
+            graphs = kind.load(eager.decoder, {}, torch.get_num_threads())
+            assert isinstance(graphs, CudaGraphs)
+            graphs.capturing = True  # every side is warmed up before it is timed
+            found[kind.label] = eager.executed_by(graphs)
+    return {label.replace("-", " "): forecaster for label, forecaster in found.items()}

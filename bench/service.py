@@ -16,7 +16,7 @@ from bench.load import SEED
 from bench.processes import LoadClient, ServerFailed, server
 from bench.published import HOUR_MS, walk
 from model_store.store import ModelStore
-from models.forecaster import Forecaster
+from models.families import build_forecaster
 
 _WARM_UP_SECONDS: Final = 300.0
 _SYMBOL: Final = "BENCH"
@@ -46,13 +46,15 @@ class Service:
         end = time.monotonic() + _WARM_UP_SECONDS
         while True:
             answer: dict[str, Any] = json.loads(self.ask(body, seed=time.monotonic_ns() % 2**40))
-            if not answer["meta"]["degraded"]:
+            models = json.loads(self._send("GET", f"{self.url}/models"))["models"]
+            unsettled = [model["name"] for model in models if model["loaded"] and not model["runtime"]["settled"]]
+            if not answer["meta"]["degraded"] and not unsettled:
                 return answer
             if time.monotonic() > end:
-                raise ServerFailed(f"the service is degraded after its warm-up: {answer['meta']['degraded']}")
+                raise ServerFailed(f"after its warm-up: degraded {answer['meta']['degraded']}, unsettled {unsettled}")
             time.sleep(0.2)
 
-    def _send(self, method: str, url: str, body: bytes) -> bytes:
+    def _send(self, method: str, url: str, body: bytes | None = None) -> bytes:
         asked = Request(url, body, {"Content-Type": "application/json"}, method=method)
         with urlopen(asked, timeout=_WARM_UP_SECONDS) as answer:
             content: bytes = answer.read()
@@ -83,14 +85,14 @@ def start_service(store: ModelStore, home: Path, settings: Mapping[str, str]) ->
 
 
 def put_version(
-    store: ModelStore, name: str, config: Mapping[str, Any], weights: Mapping[str, Tensor], forecaster: Forecaster
+    store: ModelStore, name: str, family: str, config: Mapping[str, Any], weights: Mapping[str, Tensor]
 ) -> str:
     """Store and promote a version of random weights; its name and version."""
     manifest = {
         "model": name,
-        "family": forecaster.family,
+        "family": family,
         "origin": {"kind": "imported", "source": "random weights of the published size"},
-        "limits": asdict(forecaster.limits),
+        "limits": asdict(build_forecaster(family, config, weights).limits),
         "created_at": "2025-01-01T00:00:00Z",
     }
     complete = store.put(manifest, config, weights)

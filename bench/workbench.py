@@ -1,6 +1,6 @@
 """What the rows share: networks, forecasters, a store and a running service, each made when a row first asks."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any
 
-from bench.contenders import contenders
+from bench.contenders import EXPORTED, contenders, export_all
 from bench.published import KRONOS, TOTO_BASE, toto_config
 from bench.references import KronosReference, TotoReference
 from bench.service import Service, put_version, start_service
@@ -28,6 +28,7 @@ class Workbench:
     pace: float = 1.0
     kronos_config: Mapping[str, Any] = field(default_factory=lambda: KRONOS["small"])
     toto_network: Mapping[str, Any] = field(default_factory=lambda: TOTO_BASE)
+    exported: Mapping[str, Sequence[str]] = field(default_factory=lambda: EXPORTED)
     _stack: ExitStack = field(default_factory=ExitStack)
 
     def __enter__(self) -> "Workbench":
@@ -64,12 +65,11 @@ class Workbench:
 
     @cached_property
     def kronos(self) -> dict[str, Forecaster]:
-        return contenders("kronos", self.kronos_config, self.kronos_reference.weights, self.device)
+        return contenders(self.store, KRONOS_SMALL, self.home, self.device)
 
     @cached_property
     def toto(self) -> dict[str, Forecaster]:
-        config = toto_config(dict(self.toto_network))
-        return contenders("toto", config, self.toto_reference.weights, self.device)
+        return contenders(self.store, TOTO, self.home, self.device)
 
     @cached_property
     def folder(self) -> Path:
@@ -77,17 +77,23 @@ class Workbench:
         return Path(self._stack.enter_context(TemporaryDirectory(prefix="candlecast-bench-")))
 
     @cached_property
+    def home(self) -> Path:
+        """What belongs to the machine: its key, what it remembers."""
+        return self.folder / "home"
+
+    @cached_property
     def store(self) -> ModelStore:
-        """A store with both networks in production."""
+        """A store with both networks in production and the artefacts that are compared."""
         store = ModelStore(self.folder / "store")
-        eager = "eager float32"
         toto = toto_config(dict(self.toto_network))
-        put_version(store, TOTO, toto, self.toto_reference.weights, self.toto[eager])
-        put_version(store, KRONOS_SMALL, self.kronos_config, self.kronos_reference.weights, self.kronos[eager])
+        put_version(store, TOTO, "toto", toto, self.toto_reference.weights)
+        put_version(store, KRONOS_SMALL, "kronos", self.kronos_config, self.kronos_reference.weights)
+        for name, family in ((TOTO, "toto"), (KRONOS_SMALL, "kronos")):
+            export_all(store, name, self.exported.get(family, ()), self.home, self.device)
         return store
 
     @cached_property
     def service(self) -> Service:
         """`candlecast serve` over that store, warm."""
         settings = {"CANDLECAST_TOTO": TOTO, "CANDLECAST_KRONOS": KRONOS_SMALL, "CANDLECAST_DEVICE": self.device}
-        return self._stack.enter_context(start_service(self.store, self.folder / "home", settings))
+        return self._stack.enter_context(start_service(self.store, self.home, settings))

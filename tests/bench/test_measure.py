@@ -20,7 +20,7 @@ KRONOS_TINY = {**KRONOS["mini"], "predictor": KRONOS["mini"]["predictor"] | SMAL
 
 @pytest.fixture(scope="module")
 def bench():
-    with Workbench(pace=0.01, kronos_config=KRONOS_TINY, toto_network=TOTO_TINY) as bench:
+    with Workbench(pace=0.01, kronos_config=KRONOS_TINY, toto_network=TOTO_TINY, exported={}) as bench:
         yield bench
 
 

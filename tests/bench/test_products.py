@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.contenders import contenders
 from bench.floor import floor_work
 from bench.products import Product, Stage, kronos_stages, toto_stages
 from bench.published import KRONOS, TOTO_BASE, kronos_weights, request, toto_config, toto_weights
+from models.families import build_forecaster
 
 MINI = KRONOS["mini"]
 
@@ -44,7 +44,7 @@ def test_weights_that_a_step_reads_are_all_the_weights_of_its_layers():
 
 @pytest.fixture(scope="module")
 def kronos(reference_kronos):
-    return contenders("kronos", MINI, kronos_weights(*reference_kronos(MINI)), "cpu")["eager float32"]
+    return build_forecaster("kronos", MINI, kronos_weights(*reference_kronos(MINI)))
 
 
 def counted(work):
@@ -63,7 +63,7 @@ def test_engine_multiplies_what_the_floor_does(kronos, symbols, paths):
 def test_toto_engine_multiplies_what_the_floor_does(reference_toto):
     config = TOTO_BASE | {"embed_dim": 96, "mlp_hidden_dim": 192}
     weights = toto_weights(reference_toto(config))
-    toto = contenders("toto", toto_config(config), weights, "cpu")["eager float32"]
+    toto = build_forecaster("toto", toto_config(config), weights)
     batch = toto.prepare([request(512, 64, seed=1)])
     flops = sum(stage.flops for stage in toto_stages(config, symbols=1, patches=8))
     assert counted(lambda: toto.run(batch)) == pytest.approx(flops, rel=0.05)

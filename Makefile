@@ -45,7 +45,8 @@ format: .venv/.tested ## let ruff format and fix the sources
 lock: .venv/bin/python ## compile requirements.lock from pyproject.toml under constraints.txt
 	$(BIN)/pip install --quiet uv
 	UV_FIND_LINKS="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-}}" $(BIN)/uv pip compile --quiet --upgrade pyproject.toml \
-		--extra samples --extra test --extra reference -c constraints.txt --python-version 3.11 --no-annotate --no-emit-index-url --no-emit-find-links \
+		--extra train --extra samples --extra test --extra reference -c constraints.txt --python-version 3.11 \
+		--no-annotate --no-emit-index-url --no-emit-find-links \
 		--custom-compile-command "make lock" -o requirements.lock
 	sed -i -E 's/^([^#;]+==[^+;]+)\+[a-z0-9.]+/\1/' requirements.lock
 
@@ -63,7 +64,7 @@ clean: ## delete the environment and every cache; candles, models and what the s
 
 # The reference implementations pin versions that nothing else here can live with: they come without dependencies.
 .venv/.tested: .venv/.installed tests/reference.txt
-	$(BIN)/pip install --disable-pip-version-check --quiet $(PINS) -e '.[samples,test,reference]'
+	$(BIN)/pip install --disable-pip-version-check --quiet $(PINS) -e '.[train,samples,test,reference]'
 	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps -r tests/reference.txt
 	touch $@
 

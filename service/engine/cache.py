@@ -69,15 +69,23 @@ class Cache:
 
     async def get(self, key: bytes, now: int) -> Kept | None:
         """The forecast of that key unless it has expired. Redis costs milliseconds at worst, never an error."""
-        if (kept := self._kept.get(key)) is not None:
-            if kept.valid_until > now:
-                self._kept.move_to_end(key)
-                return kept
-            self._forget(key)
+        if kept := self.at_hand(key, now):
+            return kept
         kept = await self._ask_redis(key) if self._max_bytes and self._redis_answers else None
         if kept is None or kept.valid_until <= now:
             return None
         self._remember(key, kept)
+        return kept
+
+    def at_hand(self, key: bytes, now: int) -> Kept | None:
+        """The forecast of that key if it is in memory and has not expired."""
+        kept = self._kept.get(key)
+        if kept is None:
+            return None
+        if kept.valid_until <= now:
+            self._forget(key)
+            return None
+        self._kept.move_to_end(key)
         return kept
 
     def put(self, key: bytes, kept: Kept, now: int) -> None:

@@ -30,6 +30,7 @@ _LARGEST_IN_REDIS: Final = 64 * 1024
 _LARGEST_SHARE: Final = 1 / 16  # of the memory, for one forecast
 _PATIENCE_SECONDS: Final = 0.05  # for an answer of Redis
 _PAUSE_SECONDS: Final = 1.0  # without Redis after it failed
+_AFTER_SECONDS: Final = 0.002  # until a write begins, so that the answer goes first
 _MOST_WRITES: Final = 64  # under way at a time
 
 
@@ -138,6 +139,7 @@ class Cache:
         return None
 
     async def _write(self, key: bytes, kept: Kept, milliseconds: int) -> None:
+        await asyncio.sleep(_AFTER_SECONDS)
         with contextlib.suppress(*REDIS_ERRORS):
             with self._metrics.redis_operation("cache_write"):
                 await self._state.redis.set(_slot(key), _pack(key, kept), px=milliseconds)

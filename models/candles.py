@@ -103,10 +103,23 @@ def check_candles(candles: Floats) -> None:
     """Raise InvalidCandles naming the first row that is not a candle; `candles` is `[T, 5]` or `[T, 6]`."""
     if candles.ndim != 2 or candles.shape[1] not in (5, 6):
         raise InvalidCandles(f"candles must have 5 or 6 columns, got shape {candles.shape}")
+    if _are_candles(candles):
+        return
     for broken, reason in candle_faults(candles):
         if broken.any():
             row = int(broken.argmax())
             raise InvalidCandles(f"candle {row} {reason}", row)
+
+
+def _are_candles(candles: Floats) -> bool:
+    """Whether `candle_faults` would find nothing, several times faster; a NaN fails every comparison."""
+    opens, highs, lows, closes, *amounts = candles.T
+    fine = (lows >= SMALLEST_PRICE) & (highs <= LARGEST_PRICE)
+    for prices in (opens, closes):
+        fine &= (lows <= prices) & (prices <= highs)
+    for amount in amounts:
+        fine &= (amount >= 0) & (amount <= LARGEST_VOLUME)
+    return bool(fine.all())
 
 
 def check_timestamps(timestamps: Millis) -> None:

@@ -14,7 +14,7 @@ ROW_KINDS: Final = ("asked", "padding")
 CACHE_RESULTS: Final = ("hit", "miss", "coalesced", "bypass")
 REFUSALS: Final = ("full", "queue", "deadline")
 REDIS_OPS: Final = (
-    *("history_put", "history_read", "history_calendars", "history_symbols"),
+    *("history_put", "history_read", "history_calendars", "history_symbols", "history_revision"),
     *("cache_read", "cache_write"),
 )
 PUT_RESULTS: Final = ("new", "duplicate", "restated", "unclosed")

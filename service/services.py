@@ -12,6 +12,7 @@ from service.engine.door import Door
 from service.engine.engine import Engine
 from service.engine.history import History
 from service.engine.registry import Registry
+from service.engine.repeats import Repeats
 from service.metrics import Metrics
 from service.settings import Settings
 from service.state import State
@@ -36,6 +37,7 @@ class Services:
     door: Door
     cache: Cache
     engine: Engine
+    repeats: Repeats = field(default_factory=Repeats)
     now: Clock = field(default=wall_clock)
     started: bool = False
     draining: bool = False

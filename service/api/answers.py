@@ -1,7 +1,9 @@
 """A computed forecast as the answer that the documentation promises."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -23,10 +25,11 @@ from service.api.schemas import (
     Skill,
     TimingsMs,
 )
-from service.engine.batcher import Computed
+from service.engine.batcher import Computed, Timings
 from service.engine.cache import Kept, forecast_key
 from service.engine.registry import LoadedModel
-from service.engine.series import Series, is_stale
+from service.engine.repeats import Facts
+from service.engine.series import Series, stale_from
 
 _HOUR_MS: Final = 3_600_000
 
@@ -42,14 +45,40 @@ class Asked:
     issued_at: int
     reasons: tuple[str, ...]
     degraded: tuple[str, ...]
+    as_of: int | str | None  # the request's own
 
     @property
+    def facts(self) -> Facts:
+        samples = self.parameters.sampling.samples if self.parameters.draws else None
+        context = len(self.item.timestamps)
+        return Facts(self.model.name, self.series.as_of, self.item.seed, samples, context, self.degraded)
+
+    @property
+    def settled_until(self) -> float:
+        """When the same request with the same candles may be settled otherwise, because time has passed."""
+        if self.as_of is not None:
+            return math.inf
+        changes = [self.series.next_close] if self.series.next_close is not None else []
+        if self.series.source == "history":
+            changes.append(stale_from(self.series))
+        return min((instant for instant in changes if instant > self.issued_at), default=math.inf)
+
+    @cached_property
     def key(self) -> bytes:
         """Equal for requests that one forecast answers."""
         series = self.series
         return forecast_key(
             self.model, self.item, series.symbol, series.interval, series.calendar.name, series.warnings, self.reasons
         )
+
+
+@dataclass(frozen=True)
+class Found:
+    """The forecast for a request, where it came from and how long each stage of the engine took."""
+
+    kept: Kept
+    cache: CacheResult
+    stages: Timings = field(default_factory=Timings)
 
 
 def lasting_part(asked: Asked, computed: Computed) -> Kept:
@@ -62,22 +91,22 @@ def lasting_part(asked: Asked, computed: Computed) -> Kept:
     return Kept(valid_until, computed.batch_rows, _json(part))
 
 
-def whole_answer(kept: Kept, asked: Asked, cache: CacheResult, timings: TimingsMs) -> bytes:
+def whole_answer(found: Found, facts: Facts, issued_at: int, timings: TimingsMs) -> bytes:
     """The JSON of a ForecastAnswer: the part that lasts, then what is true of this answer alone."""
     passing = PassingAnswer(
-        issued_at=asked.issued_at,
-        data_age_seconds=(asked.issued_at - asked.series.as_of) / 1000,
+        issued_at=issued_at,
+        data_age_seconds=(issued_at - facts.as_of) / 1000,
         meta=Meta(
-            seed=asked.item.seed,
-            samples=asked.parameters.sampling.samples if asked.parameters.draws else None,
-            context=len(asked.item.timestamps),
-            cache=cache,
-            batch_rows=kept.batch_rows,
-            degraded=list(asked.degraded),
+            seed=facts.seed,
+            samples=facts.samples,
+            context=facts.context,
+            cache=found.cache,
+            batch_rows=found.kept.batch_rows,
+            degraded=list(facts.degraded),
             timings_ms=timings,
         ),
     )
-    return kept.body[:-1] + b"," + _json(passing)[1:]
+    return found.kept.body[:-1] + b"," + _json(passing)[1:]
 
 
 def _json(part: LastingAnswer | PassingAnswer) -> bytes:
@@ -163,7 +192,7 @@ def reasons_not_to_act(model: LoadedModel, series: Series, knowledge: int) -> tu
     """
     evaluation = model.manifest.evaluation("test")
     reasons = []
-    if series.source == "history" and is_stale(series, knowledge):
+    if series.source == "history" and stale_from(series) <= knowledge:
         reasons.append("stale_history")
     if evaluation is None:
         reasons.append("no_baseline")

@@ -60,9 +60,10 @@ async def candles_in_history(symbol: str, request: ForecastRequest, history: His
     interval = stored_interval(request.interval, stored)
     name = stored[interval].name if request.calendar in (None, AUTO) else str(request.calendar)
     instant = instant_of_knowledge(request.as_of, now)
+    revision = await history.revision(symbol, interval)  # before the candles, which may be newer than it but not older
     timestamps, candles = await history.read(symbol, interval, count + 1, before=instant)
     calendar = await load_calendar(name)
-    found = Series(symbol, interval, calendar, timestamps, candles, "history")
+    found = Series(symbol, interval, calendar, timestamps, candles, "history", revision=revision)
     if len(timestamps) == 0:
         return found
     try:

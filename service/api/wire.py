@@ -15,7 +15,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.errors import BodyTooLarge, MalformedBody, problem
 from service.metrics import Metrics
-from service.services import Services
 
 T = TypeVar("T")
 
@@ -56,20 +55,6 @@ class StrictRoute(APIRoute):
             return await handle(StrictRequest(request.scope, request.receive))
 
         return strict
-
-
-class AdmittedRoute(StrictRoute):
-    """A strict route that takes a permit before it reads its body."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-
-        async def admitted(request: Request) -> Response:
-            services: Services = request.app.state.services
-            with services.door.permit():
-                return await handle(request)
-
-        return admitted
 
 
 class BodyLimit:

@@ -30,6 +30,7 @@ _LARGEST_IN_REDIS: Final = 64 * 1024
 _LARGEST_SHARE: Final = 1 / 16  # of the memory, for one forecast
 _PATIENCE_SECONDS: Final = 0.05  # for an answer of Redis
 _PAUSE_SECONDS: Final = 1.0  # without Redis after it failed
+_AFTER_SECONDS: Final = 0.002  # until a write begins, so that the answer goes first
 _MOST_WRITES: Final = 64  # under way at a time
 
 
@@ -69,15 +70,23 @@ class Cache:
 
     async def get(self, key: bytes, now: int) -> Kept | None:
         """The forecast of that key unless it has expired. Redis costs milliseconds at worst, never an error."""
-        if (kept := self._kept.get(key)) is not None:
-            if kept.valid_until > now:
-                self._kept.move_to_end(key)
-                return kept
-            self._forget(key)
+        if kept := self.at_hand(key, now):
+            return kept
         kept = await self._ask_redis(key) if self._max_bytes and self._redis_answers else None
         if kept is None or kept.valid_until <= now:
             return None
         self._remember(key, kept)
+        return kept
+
+    def at_hand(self, key: bytes, now: int) -> Kept | None:
+        """The forecast of that key if it is in memory and has not expired."""
+        kept = self._kept.get(key)
+        if kept is None:
+            return None
+        if kept.valid_until <= now:
+            self._forget(key)
+            return None
+        self._kept.move_to_end(key)
         return kept
 
     def put(self, key: bytes, kept: Kept, now: int) -> None:
@@ -130,6 +139,7 @@ class Cache:
         return None
 
     async def _write(self, key: bytes, kept: Kept, milliseconds: int) -> None:
+        await asyncio.sleep(_AFTER_SECONDS)
         with contextlib.suppress(*REDIS_ERRORS):
             with self._metrics.redis_operation("cache_write"):
                 await self._state.redis.set(_slot(key), _pack(key, kept), px=milliseconds)

@@ -7,6 +7,7 @@ in common, since a session or the hours after a lunch break may begin a new grid
 slot. Beside the blocks lie
 
 - `cc:1:{SYMBOL:interval}:i`  sorted set of the blocks that exist,
+- `cc:1:{SYMBOL:interval}:r`  the revision (revisions.py): the mark of the last write, whatever it wrote,
 - `cc:1:{SYMBOL}:s`           hash interval -> calendar, prefixed `auto:` where it was inferred,
 - `cc:1:first`, `cc:1:last`   sorted sets `SYMBOL:interval` -> its oldest and newest timestamp.
 
@@ -15,6 +16,7 @@ Every write is idempotent. Writes of different candles commute; of two restateme
 
 import contextlib
 import math
+import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -23,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.candles import DAY_MS, Floats, Millis, interval_ms
+from service.engine.revisions import Revision, Revisions, revision_key, series_key
 from service.metrics import Metrics
 from service.state import REDIS_ERRORS, State
 
@@ -33,6 +36,7 @@ _AUTO: Final = "auto:"
 
 # Atomic per block, so that concurrent writers of one block neither lose a candle nor count it twice.
 _PUT_BLOCK: Final = """
+local mark = table.remove(ARGV)
 local empty = string.rep('\\0', 8)
 local new, duplicate, restated = 0, 0, 0
 for i = 1, #ARGV - 1, 2 do
@@ -46,6 +50,8 @@ for i = 1, #ARGV - 1, 2 do
   end
 end
 redis.call('ZADD', KEYS[2], ARGV[#ARGV], ARGV[#ARGV])
+local now = redis.call('TIME')
+redis.call('SET', KEYS[3], mark .. now[1] .. '.' .. now[2])
 return {new, duplicate, restated}
 """
 
@@ -92,6 +98,7 @@ class History:
     def __init__(self, state: State, metrics: Metrics) -> None:
         self._redis = state.redis
         self._metrics = metrics
+        self._revisions = Revisions(state.redis, metrics)
         self._put_block = state.redis.register_script(_PUT_BLOCK)
 
     async def put(
@@ -101,9 +108,13 @@ class History:
         records = np.empty(len(timestamps), RECORD)
         records["timestamp"] = timestamps
         records["candle"] = candles
+        mark = revision_key(symbol, interval)
         with self._operation("history_put"):
             counts = [
-                await self._put_block(keys=[_block_key(symbol, interval, block), _index_key(symbol, interval)], args=a)
+                await self._put_block(
+                    keys=[_block_key(symbol, interval, block), _index_key(symbol, interval), mark],
+                    args=[*a, secrets.token_bytes(8)],  # with the instant, or an attempt sent twice would mark twice
+                )
                 for block, a in _block_arguments(records, _slot_ms(interval))
             ]
             await self._describe(symbol, interval, int(timestamps[0]), int(timestamps[-1]), calendar)
@@ -130,8 +141,12 @@ class History:
     async def calendars(self, symbol: str) -> dict[str, StoredCalendar]:
         """Interval to calendar of what is stored for the symbol, empty if nothing is."""
         with self._operation("history_calendars"):
-            stored = await self._redis.hgetall(_series_key(symbol))
+            stored = await self._redis.hgetall(series_key(symbol))
         return {interval.decode(): _calendar(name.decode()) for interval, name in _raw(stored.items())}
+
+    async def revision(self, symbol: str, interval: str) -> Revision | None:
+        """What changes with every write to the series; None where nothing is stored or Redis does not answer soon."""
+        return await self._revisions.of(symbol, interval)
 
     async def symbols(self) -> list[StoredSeries]:
         """Everything that is stored, by symbol and interval."""
@@ -144,7 +159,7 @@ class History:
             pipeline = self._redis.pipeline(transaction=False)
             for member in members:
                 symbol, _, interval = member.rpartition(":")
-                pipeline.hget(_series_key(symbol), interval)
+                pipeline.hget(series_key(symbol), interval)
             names = await pipeline.execute() if members else []
         return [
             _stored_series(member, name, oldest, newest) for member, name in zip(members, names, strict=True) if name
@@ -161,7 +176,7 @@ class History:
     async def _describe(self, symbol: str, interval: str, first: int, last: int, calendar: StoredCalendar) -> None:
         member = f"{symbol}:{interval}"
         pipeline = self._redis.pipeline(transaction=False)
-        pipeline.hset(_series_key(symbol), interval, (_AUTO if calendar.inferred else "") + calendar.name)
+        pipeline.hset(series_key(symbol), interval, (_AUTO if calendar.inferred else "") + calendar.name)
         pipeline.zadd("cc:1:first", {member: first}, lt=True)
         pipeline.zadd("cc:1:last", {member: last}, gt=True)
         await pipeline.execute()
@@ -178,10 +193,6 @@ def _block_key(symbol: str, interval: str, block: int) -> str:
 
 def _index_key(symbol: str, interval: str) -> str:
     return f"cc:1:{{{symbol}:{interval}}}:i"
-
-
-def _series_key(symbol: str) -> str:
-    return f"cc:1:{{{symbol}}}:s"
 
 
 def _calendar(stored: str) -> StoredCalendar:

@@ -85,6 +85,15 @@ class Registry:
         eager = await asyncio.shield(load)
         return self._settled.get(exact, eager)
 
+    def at_hand(self, reference: str) -> LoadedModel | None:
+        """What `get` would answer without reading or loading anything; None where it would have to."""
+        name, reference = self._in_full(reference)
+        stamp, exact = self._resolved.get(reference, (None, ""))
+        load = self._loads.get(exact)
+        if load is None or not load.done() or stamp != self._stamp(name):
+            return None
+        return self._settled.get(exact) or load.result()
+
     def loaded(self) -> dict[str, LoadedModel]:
         """`name@version` to the versions in memory."""
         return {
@@ -102,9 +111,7 @@ class Registry:
 
     async def _resolve(self, reference: str) -> str:
         """`name@version` of a reference; the store is read again only when an alias has moved."""
-        name, at, wanted = reference.partition("@")
-        name = self.nicknames.get(name, name)
-        reference = f"{name}{at}{wanted}"
+        name, reference = self._in_full(reference)
         known = self._resolved.get(reference)
         stamp = self._stamp(name)  # before the aliases are read: one that moves meanwhile is noticed next time
         if known and known[0] == stamp:
@@ -112,6 +119,12 @@ class Registry:
         exact = "@".join(await asyncio.to_thread(self.store.resolve, reference))
         self._resolved[reference] = (stamp, exact)
         return exact
+
+    def _in_full(self, reference: str) -> tuple[str, str]:
+        """The name that a reference means in the store, and the reference with it."""
+        name, at, wanted = reference.partition("@")
+        name = self.nicknames.get(name, name)
+        return name, f"{name}{at}{wanted}"
 
     def _stamp(self, name: str) -> tuple[int, int]:
         """Changes whenever the aliases do: they are replaced by rename."""

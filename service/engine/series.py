@@ -8,6 +8,7 @@ import numpy as np
 
 from models.calendars import Calendar, get_calendar, infer_calendar
 from models.candles import Floats, InvalidCandles, Millis, interval_ms, interval_name
+from service.engine.revisions import Revision
 
 CLOCK_SKEW_MS: Final = 10_000  # an exchange's clock may run this far ahead of ours
 AUTO: Final = "auto"
@@ -26,6 +27,8 @@ class Series:
     candles: Floats
     source: Literal["body", "history"]
     warnings: tuple[str, ...] = field(default=())
+    next_close: int | None = None  # of the first candle that was left out because it had not closed
+    revision: Revision | None = None  # of the history that it was read from
 
     @property
     def as_of(self) -> int:
@@ -80,14 +83,19 @@ def opens_in_future(timestamps: Millis, now: int) -> int | None:
 
 def closed_by(series: Series, instant: int) -> Series:
     """The series without the candles that had not closed at an instant."""
-    known = int((series.calendar.closes(series.timestamps, series.interval) <= instant).sum())
-    return replace(series, timestamps=series.timestamps[:known], candles=series.candles[:known])
+    closes = series.calendar.closes(series.timestamps, series.interval)
+    known = int((closes <= instant).sum())
+    if known == len(closes):
+        return series
+    return replace(
+        series, timestamps=series.timestamps[:known], candles=series.candles[:known], next_close=int(closes[known])
+    )
 
 
-def is_stale(series: Series, instant: int, intervals: int = 3) -> bool:
-    """Whether so many further candles have closed since the last one that the forecast is of the past."""
+def stale_from(series: Series, intervals: int = 3) -> int:
+    """The instant from which so many further candles have closed since the last one that a forecast is of the past."""
     try:
         later = series.calendar.following(series.timestamps, series.interval, intervals)
-        return int(series.calendar.closes(later[-1:], series.interval)[0]) < instant
+        return int(series.calendar.closes(later[-1:], series.interval)[0]) + 1
     except InvalidCandles:  # the calendar ends here
-        return True
+        return 0

@@ -10,12 +10,17 @@ from models.candles import (
     AMOUNT,
     CLOSE,
     HIGH,
+    LARGEST_PRICE,
+    LARGEST_VOLUME,
     LOW,
     OPEN,
+    SMALLEST_PRICE,
     VOLUME,
     Floats,
     InvalidCandles,
     TooFewCandles,
+    _are_candles,
+    candle_faults,
     check_candles,
     check_timestamps,
     interval_ms,
@@ -29,6 +34,9 @@ START = 1_700_006_400_000
 
 def rows(count: int = 4) -> Floats:
     return np.array([GOOD] * count)
+
+
+EDGES = (-1.0, 0.0, 1e-13, SMALLEST_PRICE, 1.0, 2.0, LARGEST_PRICE, 2e15, LARGEST_VOLUME, 2e30)
 
 
 def test_a_good_series_passes() -> None:
@@ -70,6 +78,13 @@ def test_the_first_of_several_broken_rows_is_named() -> None:
 def test_another_shape_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(InvalidCandles, match="5 or 6 columns"):
         check_candles(np.ones(shape))
+
+
+@given(arrays(np.float64, (2, 6), elements=st.sampled_from([*EDGES, np.nan, np.inf, -np.inf])))
+def test_the_quick_look_and_the_close_one_agree(candles: Floats) -> None:
+    for columns in (5, 6):
+        faults = any(broken.any() for broken, _ in candle_faults(candles[:, :columns]))
+        assert _are_candles(candles[:, :columns]) is not faults
 
 
 def test_a_negative_amount_is_refused() -> None:

@@ -2,21 +2,21 @@
 
 import asyncio
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
 
 from models.forecaster import ForecastInput, ModelError
 from models.uniforms import derive_seed
-from service.api.answers import Asked, lasting_part, reasons_not_to_act, whole_answer
+from service.api.answers import Asked, Found, lasting_part, reasons_not_to_act
 from service.api.errors import InputError
 from service.api.parameters import Parameters, require_enough, settle
-from service.api.schemas import CacheResult, ForecastAnswer, ForecastRequest, TimingsMs, normalise_symbol
+from service.api.repeated import AdmittedRoute, answer, remember
+from service.api.schemas import ForecastAnswer, ForecastRequest, normalise_symbol
 from service.api.sources import candles_in_body, candles_in_history, instant_of_knowledge
-from service.api.wire import AdmittedRoute, ClientGone, unless_gone
-from service.engine.batcher import DeadlineExceeded, Overloaded, Timings
-from service.engine.cache import Kept
+from service.api.wire import ClientGone, unless_gone
+from service.engine.batcher import DeadlineExceeded, Overloaded
 from service.engine.history import UnknownSymbol
 from service.engine.registry import LoadedModel
 from service.engine.series import Series
@@ -43,7 +43,7 @@ async def post_forecast(symbol: str, parts: Parts, request: Request, body: Forec
     asked = body or ForecastRequest.model_validate({})
     noted = _Noted()
     try:
-        return await unless_gone(request, _answer(normalise_symbol(symbol), asked, parts, noted))
+        return await unless_gone(request, _answer(normalise_symbol(symbol), asked, request.state.digest, parts, noted))
     except ClientGone:
         noted.outcome = "cancelled"
         return Response(status_code=499)  # never read
@@ -54,7 +54,7 @@ async def post_forecast(symbol: str, parts: Parts, request: Request, body: Forec
         parts.metrics.forecasts.labels(noted.model, noted.outcome).inc()
 
 
-async def _answer(symbol: str, request: ForecastRequest, parts: Services, noted: _Noted) -> Response:
+async def _answer(symbol: str, request: ForecastRequest, digest: bytes, parts: Services, noted: _Noted) -> Response:
     started = time.monotonic()
     deadline = started + (request.timeout_ms or parts.settings.request_timeout_ms) / 1000
     try:
@@ -64,17 +64,11 @@ async def _answer(symbol: str, request: ForecastRequest, parts: Services, noted:
         if limit.expired():
             raise DeadlineExceeded from None
         raise
-    kept, cache, stages = await _forecast(asked, request.cache == "use", parts, deadline)
-    total = time.monotonic() - started
-    parts.metrics.stage_seconds.labels(noted.model, "total").observe(total)
-    parts.metrics.cache_requests.labels(cache).inc()
+    found = await _forecast(asked, request.cache == "use", parts, deadline)
     noted.outcome = "degraded" if asked.degraded else "ok"
-    timings = {**asdict(stages), "total": 1e3 * total}
-    return Response(
-        whole_answer(kept, asked, cache, TimingsMs(**timings)),
-        media_type="application/json",
-        headers={"Server-Timing": ", ".join(f"{stage};dur={value:.3f}" for stage, value in timings.items())},
-    )
+    if found.cache != "bypass":
+        remember(digest, request.model, asked, found.kept, parts)
+    return answer(found, asked.facts, asked.issued_at, started, parts)
 
 
 async def _settle(symbol: str, request: ForecastRequest, parts: Services, noted: _Noted) -> Asked:
@@ -88,24 +82,21 @@ async def _settle(symbol: str, request: ForecastRequest, parts: Services, noted:
     item = _forecast_input(series, parameters, request.seed, model)
     _check(model, item)
     reasons = reasons_not_to_act(model, series, instant_of_knowledge(request.as_of, issued_at))
-    return Asked(model, series, parameters, item, issued_at, reasons, parts.degraded)
+    return Asked(model, series, parameters, item, issued_at, reasons, parts.degraded, request.as_of)
 
 
-async def _forecast(
-    asked: Asked, may_share: bool, parts: Services, deadline: float
-) -> tuple[Kept, CacheResult, Timings]:
-    """The forecast, where it came from and how long each stage of the engine took."""
+async def _forecast(asked: Asked, may_share: bool, parts: Services, deadline: float) -> Found:
     if not may_share:
         computed, _ = await parts.engine.submit(asked.model, asked.item, deadline)
-        return lasting_part(asked, computed), "bypass", computed.timings
+        return Found(lasting_part(asked, computed), "bypass", computed.timings)
     key = asked.key
     if asked.model.settled and (kept := await parts.cache.get(key, asked.issued_at)):
-        return kept, "hit", Timings()
+        return Found(kept, "hit")
     computed, shared = await parts.engine.submit(asked.model, asked.item, deadline, key)
     kept = lasting_part(asked, computed)
     if asked.model.settled and not asked.degraded:
         parts.cache.put(key, kept, asked.issued_at)
-    return kept, "coalesced" if shared else "miss", computed.timings
+    return Found(kept, "coalesced" if shared else "miss", computed.timings)
 
 
 async def _model(reference: str, parts: Services) -> LoadedModel:

@@ -1,0 +1,74 @@
+"""The straight line's short cut: a request whose bytes were answered before is answered without being read."""
+
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+
+from service.api.answers import Asked, Found, whole_answer
+from service.api.schemas import TimingsMs
+from service.api.wire import StrictRequest
+from service.engine.cache import Kept
+from service.engine.repeats import Facts, Repeat, StoredAs, request_digest
+from service.services import Services
+
+
+class AdmittedRoute(APIRoute):
+    """Takes a permit before it reads a body, and the short cut where there is one."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def admitted(request: Request) -> Response:
+            services: Services = request.app.state.services
+            with services.door.permit():
+                strict = StrictRequest(request.scope, request.receive)
+                return await _recalled(strict, services) or await handle(strict)
+
+        return admitted
+
+
+async def _recalled(request: StrictRequest, parts: Services) -> Response | None:
+    """The answer to a request that was answered before, None where reading it could lead to another one."""
+    content_type = request.headers.get("content-type", "")
+    digest = request_digest(request.path_params["symbol"], content_type, await request.body())
+    started, now = time.monotonic(), parts.now()
+    request.state.digest = digest
+    repeat = parts.repeats.get(digest, now)
+    if repeat is None or parts.degraded or parts.registry.at_hand(repeat.reference) is not repeat.model:
+        return None
+    stored = repeat.stored
+    if stored and await parts.history.revision(stored.symbol, stored.interval) != stored.revision:
+        return None
+    kept = parts.cache.at_hand(repeat.key, now)
+    if kept is None:
+        return None
+    parts.metrics.forecasts.labels(repeat.facts.model, "ok").inc()
+    return answer(Found(kept, "hit"), repeat.facts, now, started, parts)
+
+
+def remember(digest: bytes, reference: str, asked: Asked, kept: Kept, parts: Services) -> None:
+    """Let the short cut answer this request from now on, if it can."""
+    series = asked.series
+    if asked.degraded or not asked.model.settled or (series.source == "history" and series.revision is None):
+        return
+    stored = StoredAs(series.symbol, series.interval, series.revision) if series.revision else None
+    until = min(kept.valid_until, asked.settled_until)
+    repeat = Repeat(reference, asked.model, stored, asked.key, asked.facts, since=asked.issued_at, until=until)
+    parts.repeats.put(digest, repeat)
+
+
+def answer(found: Found, facts: Facts, issued_at: int, started: float, parts: Services) -> Response:
+    """The response with a forecast; `started` is when its request was read, in `time.monotonic()` seconds."""
+    total = time.monotonic() - started
+    parts.metrics.stage_seconds.labels(facts.model, "total").observe(total)
+    parts.metrics.cache_requests.labels(found.cache).inc()
+    timings = {**asdict(found.stages), "total": 1e3 * total}
+    return Response(
+        whole_answer(found, facts, issued_at, TimingsMs(**timings)),
+        media_type="application/json",
+        headers={"Server-Timing": ", ".join(f"{stage};dur={value:.3f}" for stage, value in timings.items())},
+    )

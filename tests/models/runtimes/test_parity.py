@@ -28,7 +28,7 @@ def test_a_recorded_call_keeps_its_arguments_as_they_were(kronos, calls):
     assert parity.equal_tokens == 1
 
 
-def test_one_changed_weight_is_found_in_the_function_that_uses_it(kronos, build_tiny, calls):
+def test_one_changed_weight_is_found_in_the_function_that_uses_it(build_tiny, calls):
     changed = build_tiny("kronos").decoder
     with torch.no_grad():
         changed.reconstruct.bias[0] += 0.01

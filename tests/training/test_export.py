@@ -71,7 +71,9 @@ def test_exporting_twice_returns_the_first(exported: Export, monkeypatch: pytest
     assert exported("toto-demo") == first
 
 
-@pytest.mark.parametrize(("missed", "said"), [("mae_change", "mean absolute error"), ("quantile_shift", "quantile")])
+@pytest.mark.parametrize(
+    ("missed", "said"), [("mae_change", "change of the forecasts' MAE"), ("quantile_shift", "quantile")]
+)
 def test_a_missed_budget_is_named_and_leaves_no_trace(
     store: ModelStore, exported: Export, monkeypatch: pytest.MonkeyPatch, missed: str, said: str
 ) -> None:

@@ -88,7 +88,8 @@ async def _settle(symbol: str, request: ForecastRequest, parts: Services, noted:
     item = _forecast_input(series, parameters, request.seed, model)
     _check(model, item)
     reasons = reasons_not_to_act(model, series, instant_of_knowledge(request.as_of, issued_at))
-    return Asked(model, series, parameters, item, issued_at, reasons, parts.degraded)
+    degraded = parts.degraded if model.settled else (*parts.degraded, "runtime")
+    return Asked(model, series, parameters, item, issued_at, reasons, degraded)
 
 
 async def _forecast(
@@ -103,7 +104,7 @@ async def _forecast(
         return kept, "hit", Timings()
     computed, shared = await parts.engine.submit(asked.model, asked.item, deadline, key)
     kept = lasting_part(asked, computed)
-    if asked.model.settled and not asked.degraded:
+    if not asked.degraded:
         parts.cache.put(key, kept, asked.issued_at)
     return kept, "coalesced" if shared else "miss", computed.timings
 

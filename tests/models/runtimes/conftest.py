@@ -12,7 +12,7 @@ from models.runtimes.functions import Decoder, Functions, functions_of
 
 FUNCTIONS = [(family, name) for family in ("toto", "kronos") for name in ("prefill", "step")]
 FUNCTIONS += [("toto", "forward"), ("toto", "draw"), ("kronos", "tokenize"), ("kronos", "detokenize")]
-QUICK = {"toto": ("forward",), "kronos": ("tokenize", "prefill")}  # seconds of a compiler, not minutes
+QUICK = {"toto": ("forward",), "kronos": ("tokenize",)}  # seconds of a compiler, not minutes
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -24,6 +24,7 @@ from models.families import build_forecaster
 _LENGTHS: Final = (20, 40, 64, 90, 256)
 _HORIZONS: Final = (1, 5, 8, 30)
 _SAMPLES: Final = (2, 4, 8)
+_CACHE_BYTES: Final = 2**20  # full, and at work, long before the first size that counts
 
 
 def resident_bytes(process: int) -> int:
@@ -54,7 +55,7 @@ def soak(folder: Path, requests: int, *, every: int = 1000, clients: int = 8) ->
     for family, config in (("toto", toto_config(TOTO_TINY, 512)), ("kronos", KRONOS_TINY)):
         weights = random_weights(family, config)
         put_version(store, f"{family}-tiny", config, weights, build_forecaster(family, config, weights))
-    with start_service(store, folder / "home", {}) as service:
+    with start_service(store, folder / "home", {"CANDLECAST_CACHE_BYTES": str(_CACHE_BYTES)}) as service:
         return asyncio.run(_sizes(service, requests, every, clients))
 
 

@@ -23,7 +23,8 @@ from models.families import build_forecaster
 
 _LENGTHS: Final = (20, 40, 64, 90, 256)
 _HORIZONS: Final = (1, 5, 8, 30)
-_SAMPLES: Final = (2, 4, 8)
+_NOTHING: Final[list[dict[str, int]]] = [{}]
+_PATHS: Final = [{"samples": samples} for samples in (2, 4, 8)]
 _CACHE_BYTES: Final = 2**20  # full, and at work, long before the first size that counts
 
 
@@ -42,7 +43,7 @@ def mixed_bodies(seed: int = 0) -> Iterator[bytes]:
         for length in _LENGTHS
         for horizon in _HORIZONS
         if family == "toto" or length + horizon <= KRONOS_TINY["context"]
-        for extra in ([{}] if family == "toto" else [{"samples": samples} for samples in _SAMPLES])
+        for extra in (_NOTHING if family == "toto" else _PATHS)
     ]
     while True:
         number += 1
@@ -60,7 +61,8 @@ def soak(folder: Path, requests: int, *, every: int = 1000, clients: int = 8) ->
 
 
 async def _sizes(service: Service, requests: int, every: int, clients: int) -> list[int]:
-    url, bodies, sizes = urlsplit(service.forecast_url()), mixed_bodies(), []
+    url, bodies = urlsplit(service.forecast_url()), mixed_bodies()
+    sizes: list[int] = []
     connections = [Connection(url.hostname or "127.0.0.1", url.port or 80) for _ in range(clients)]
 
     async def ask(connection: Connection, count: int) -> None:

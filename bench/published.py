@@ -6,10 +6,14 @@ Speed does not depend on what the weights are worth, so nothing has to be downlo
 from typing import Any, Final
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from models.candles import Floats, with_amount
 from models.forecaster import ForecastInput, Sampling
+from models.kronos.network import KronosPredictor, PredictorConfig
+from models.kronos.tokenizer import KronosTokenizer, TokenizerConfig
+from models.toto.network import TotoConfig, TotoNetwork
 
 HOUR_MS: Final = 3_600_000
 START_MS: Final = 1_700_006_400_000  # 2023-11-15 00:00 UTC
@@ -59,6 +63,25 @@ KRONOS: Final[dict[str, dict[str, Any]]] = {
     "mini": {"predictor": _kronos(4, 256, 4, 512), "tokenizer": _tokenizer(5), "context": 2048},
     "small": {"predictor": _kronos(8, 512, 8, 1024), "tokenizer": _tokenizer(4), "context": 512},
 }
+
+KRONOS_TINY: Final[dict[str, Any]] = {
+    "predictor": _kronos(2, 32, 4, 64) | {"s1_bits": 4, "s2_bits": 4},
+    "tokenizer": _tokenizer(4)
+    | {"d_model": 32, "ff_dim": 64, "n_enc_layers": 2, "n_dec_layers": 2, "s1_bits": 4, "s2_bits": 4},
+    "context": 128,
+}
+
+
+def random_weights(family: str, config: dict[str, Any], seed: int = 3) -> dict[str, Tensor]:
+    """A version's tensors for its `config.json`, drawn at random."""
+    torch.manual_seed(seed)
+    if family == "toto":
+        return dict(TotoNetwork(TotoConfig.from_published(config["network"])).state_dict())
+    parts: dict[str, nn.Module] = {
+        "tokenizer": KronosTokenizer(TokenizerConfig.from_published(config["tokenizer"])),
+        "predictor": KronosPredictor(PredictorConfig.from_published(config["predictor"])),
+    }
+    return dict(nn.ModuleDict(parts).state_dict())
 
 
 def toto_config(network: dict[str, Any], max_context: int = TOTO_CONTEXT) -> dict[str, Any]:

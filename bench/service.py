@@ -29,6 +29,7 @@ class Service:
     url: str
     ready_seconds: float  # from the start of the process until it listens
     client: LoadClient
+    process: int  # its id
 
     def forecast_url(self) -> str:
         return f"{self.url}/forecast/{_SYMBOL}"
@@ -81,7 +82,7 @@ def start_service(store: ModelStore, home: Path, settings: Mapping[str, str]) ->
         ready = time.monotonic() - started
         if not line:
             raise ServerFailed(f"the service ended before it was ready: {log.read_text()[-500:]}")
-        yield Service(json.loads(line)["url"], ready, LoadClient(home))
+        yield Service(json.loads(line)["url"], ready, LoadClient(home), process.pid)
 
 
 def put_version(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -71,6 +72,14 @@ def branched_attention(
     for weight, (_, values, _) in zip(weights[1:], own, strict=True):
         combined = combined + weight @ values
     return combined
+
+
+def on_device(arrays: Mapping[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
+    """The arrays as tensors of `device`; to a GPU from pinned memory, so that nobody waits until it is free."""
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    if device.type != "cuda":
+        return {name: tensor.to(device) for name, tensor in tensors.items()}
+    return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
 
 
 def load_strictly(network: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:

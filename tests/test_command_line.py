@@ -62,9 +62,9 @@ def trained(place: Path, candlecast: Candlecast) -> dict[str, dict[str, Any]]:
 
 def test_every_verb_explains_itself(candlecast: Candlecast) -> None:
     shown = candlecast("--help").stdout
-    for verb in ("serve", "train", "evaluate", "forecast", "sample-data", "store"):
+    for verb in ("serve", "train", "evaluate", "forecast", "export", "sample-data", "store", "models"):
         assert re.search(rf"^  {verb}\b", shown, re.MULTILINE)
-        assert "--json" in candlecast(verb, "--help").stdout or verb == "store"
+        assert "--json" in candlecast(verb, "--help").stdout or verb in ("store", "models")
 
 
 def test_training_publishes_a_version_with_its_scores(trained: dict[str, dict[str, Any]]) -> None:
@@ -131,6 +131,12 @@ def test_evaluating_on_candles_a_model_was_trained_on_is_refused(candlecast: Can
         (("train", "nowhere.toml"), "does not exist"),
         (("forecast", "AAPL", "--model", "kronos-demo", "--horizon", "200"), "126 steps at most"),
         (("forecast", "AAPL", "--model", "toto-demo", "--horizon", "600"), "512 steps at most"),
+        (
+            ("export", "toto-demo", "--runtime", "onnx", "--dtype", "bfloat16"),
+            "onnx has no bfloat16: use eager-float32",
+        ),
+        (("export", "toto-demo", "--runtime", "eager"), "eager-float32 needs no export"),
+        (("export", "nobody", "--runtime", "eager", "--dtype", "bfloat16"), "no nobody@production"),
     ],
 )
 def test_errors_are_one_line_that_says_what_is_missing(
@@ -140,6 +146,26 @@ def test_errors_are_one_line_that_says_what_is_missing(
     assert done.returncode in (1, 2)
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_export_says_how_far_it_is_from_float32_and_timing_chooses(
+    candlecast: Candlecast, trained: dict[str, dict[str, Any]]
+) -> None:
+    words = ("export", "toto-demo", "--runtime", "eager", "--dtype", "bfloat16", "--windows", "8")
+    done = candlecast(*words, "--json")
+    assert done.returncode == 0, done.stderr
+    artefact = json.loads(done.stdout)
+    assert (artefact["runtime"], artefact["dtype"]) == ("eager", "bfloat16")
+    assert artefact["parity"]["mae_log_return_float32"] > 0
+    again = candlecast(*words).stdout
+    assert "quantiles moved" in again
+    assert json.loads(candlecast(*words, "--json").stdout) == artefact
+
+    exact = f"toto-demo@{trained['toto-demo']['version']}"
+    choice = json.loads(candlecast("models", "time", "toto-demo", "--json").stdout)[exact]
+    assert set(choice["times_ms"]) == {"eager-float32", "eager-bfloat16"}
+    assert choice["label"] in choice["times_ms"]
+    assert "ms alone" in candlecast("models", "time").stdout
 
 
 @pytest.mark.usefixtures("trained")

@@ -29,7 +29,7 @@ from models.forecaster import (
 from models.kronos.decoder import Cache, Controls, KronosDecoder, Tokens
 from models.kronos.network import KronosPredictor, PredictorConfig
 from models.kronos.tokenizer import KronosTokenizer, TokenizerConfig
-from models.layers import load_strictly
+from models.layers import load_strictly, on_device
 from models.quantiles import parse_aggregate, path_quantiles, unreachable_levels
 from models.runtimes.functions import Functions, functions_of
 from models.uniforms import draw_uniforms
@@ -134,8 +134,7 @@ class KronosForecaster:
             arrays["uniforms"][index, : sampling.samples, : item.horizon] = row["uniforms"]
             arrays["temperature"][index] = sampling.temperature
             arrays["top_k"][index], arrays["top_p"][index] = sampling.top_k, sampling.top_p
-        device = self.decoder.device
-        return Batch(inputs, {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}, count)
+        return Batch(inputs, on_device(arrays, self.decoder.device), count)
 
     @torch.inference_mode()
     def run(self, batch: Batch, wanted: Wanted = always) -> Raw:

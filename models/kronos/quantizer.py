@@ -14,12 +14,13 @@ def quantize(z: Tensor) -> Tensor:
 
 
 def pack_bits(code: Tensor) -> Tensor:
-    """Index of each code `[..., bits]`, up to 24 of them: bit i is set where component i is positive.
+    """Index of each code `[..., bits]`: bit i is set where component i is positive.
 
-    In float32, exactly: compiled for CPUs, powers and sums of 64-bit integers over a short axis come out wrong.
+    Shifted, not raised to a power: compiled for CPUs, a power of integers comes out as the bits of a double.
     """
-    weights = torch.exp2(torch.arange(code.shape[-1], device=code.device, dtype=torch.float32)).round()
-    return torch.where(code > 0, weights, 0.0).sum(-1).long()
+    places = torch.arange(code.shape[-1], device=code.device)
+    weights = torch.bitwise_left_shift(torch.ones_like(places), places)
+    return torch.where(code > 0, weights, 0).sum(-1)
 
 
 def unpack_bits(index: Tensor, bits: int) -> Tensor:

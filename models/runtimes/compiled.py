@@ -5,6 +5,7 @@ Packages are native code of the machine that built them. They are loaded without
 
 import io
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -23,7 +24,9 @@ _OPTIONS: Final = {
 def compile_function(decoder: Decoder, name: str) -> bytes:
     """The package of one function; takes a minute or so and needs a C++ compiler."""
     program = Flat(decoder, name).exported()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        for category in (FutureWarning, DeprecationWarning):  # of the compiler's own use of torch
+            warnings.simplefilter("ignore", category)
         path = torch._inductor.aoti_compile_and_package(
             program, package_path=str(Path(folder) / f"{name}.pt2"), inductor_configs=_OPTIONS
         )

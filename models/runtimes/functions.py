@@ -74,7 +74,7 @@ class Flat(nn.Module):
         return flattened(getattr(self.decoder, self._name)(*arguments))
 
     def exported(self) -> torch.export.ExportedProgram:
-        """Traced once for every shape; a host sync or a branch on data fails here."""
+        """Traced once for every shape; a branch on data fails here."""
         dynamic = tuple(dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for axes in self.changing)
         with torch.no_grad():
             return torch.export.export(self, self.example, dynamic_shapes=(dynamic,), strict=False)

@@ -56,7 +56,10 @@ def _load(decoder: Decoder, name: str, file: bytes, device: torch.device, thread
     if device.type == "cuda":
         stream = torch.cuda.current_stream(device).cuda_stream
         wanted = ("CUDAExecutionProvider", {"device_id": device.index or 0, "user_compute_stream": str(stream)})
-    session = onnxruntime.InferenceSession(file, options, providers=[wanted])
+    try:
+        session = onnxruntime.InferenceSession(file, options, providers=[wanted])
+    except Exception as error:  # its errors have no other base in common
+        raise RuntimeUnavailable(f"ONNX Runtime does not load {name}: {error}") from error
     used = session.get_providers()[0]
     if used != (wanted if isinstance(wanted, str) else wanted[0]):
         raise RuntimeUnavailable(f"ONNX Runtime offers {used} only: its CUDA libraries did not load")

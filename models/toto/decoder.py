@@ -168,8 +168,11 @@ class ServedLayer(nn.Module):
         return self.finish(x, merge_heads(attended).unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2))
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """The rest of the layer after attention `[…, D]`."""
-        x = x + self.out(attended)
+        """The rest of the layer after attention `[…, D]`.
+
+        A product adds its bias before or after it rounds, depending on the layout, which can depend on the batch.
+        """
+        x = x + self.out(attended.contiguous())
         gate, value = self.up(self.norm2(x)).chunk(2, dim=-1)
         out: Tensor = x + self.down(swiglu(gate, value))
         return out

@@ -25,7 +25,7 @@ from models.forecaster import (
     checked,
     pad_rows,
 )
-from models.layers import load_strictly
+from models.layers import load_strictly, on_device
 from models.runtimes.functions import Functions, functions_of
 from models.toto.decoder import TAIL, Cache, Projected, TotoDecoder
 from models.toto.mixture import cdf, mean, quantiles, tabulate
@@ -147,8 +147,7 @@ class TotoForecaster:
                 arrays["uniforms"][index, :, :, : row["uniforms"].shape[2]] = row["uniforms"]
         for name in ("values", "weights"):
             arrays[name] = arrays[name].reshape(*arrays[name].shape[:2], -1, self._patch)
-        device = self.decoder.device
-        return Batch(inputs, {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}, count)
+        return Batch(inputs, on_device(arrays, self.decoder.device), count)
 
     @torch.inference_mode()
     def run(self, batch: Batch, wanted: Wanted = always) -> Raw:
@@ -166,10 +165,9 @@ class TotoForecaster:
         reached = Statistics(*(fact.repeat_interleave(paths, dim=-1) for fact in reached))
         ahead = Projected(*(part.unsqueeze(2).repeat_interleave(paths, dim=2) for part in first))
         drawn, later = [functions["draw"](ahead, uniforms[:, 0])], []
-        for index in range(patches - 1):
+        for index, place in enumerate(torch.arange(patches - 1, device=uniforms.device).unbind()):
             if not wanted():
                 raise Abandoned("nobody waits for these paths")
-            place = torch.tensor(index, device=uniforms.device)
             ahead, reached, entries = functions["step"](drawn[-1], reached, prefix, cache, place)
             cache.write(entries, index)
             later.append(ahead)

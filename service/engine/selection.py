@@ -129,8 +129,13 @@ class Selection:
         return labels
 
     def _artefacts(self, manifest: Manifest) -> dict[str, Artefact]:
-        place = platform_name(self._device)
-        return find_artefacts(self._store, _exact(manifest), platform=place, torch_version=torch.__version__)
+        """None if one is damaged: it is logged, and the version is served eagerly."""
+        place, exact = platform_name(self._device), _exact(manifest)
+        try:
+            return find_artefacts(self._store, exact, platform=place, torch_version=torch.__version__)
+        except StoreError as error:
+            _log.error("%s is served without its artefacts: %s", exact, error)
+            return {}
 
     def _conditions(self, manifest: Manifest) -> list[str]:
         made = sorted(f"{label} {one.signature}" for label, one in self._artefacts(manifest).items())

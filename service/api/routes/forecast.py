@@ -82,7 +82,8 @@ async def _settle(symbol: str, request: ForecastRequest, parts: Services, noted:
     item = _forecast_input(series, parameters, request.seed, model)
     _check(model, item)
     reasons = reasons_not_to_act(model, series, instant_of_knowledge(request.as_of, issued_at))
-    return Asked(model, series, parameters, item, issued_at, reasons, parts.degraded, request.as_of)
+    degraded = parts.degraded if model.settled else (*parts.degraded, "runtime")
+    return Asked(model, series, parameters, item, issued_at, reasons, degraded, request.as_of)
 
 
 async def _forecast(asked: Asked, may_share: bool, parts: Services, deadline: float) -> Found:
@@ -94,7 +95,7 @@ async def _forecast(asked: Asked, may_share: bool, parts: Services, deadline: fl
         return Found(kept, "hit")
     computed, shared = await parts.engine.submit(asked.model, asked.item, deadline, key)
     kept = lasting_part(asked, computed)
-    if asked.model.settled and not asked.degraded:
+    if not asked.degraded:
         parts.cache.put(key, kept, asked.issued_at)
     return Found(kept, "coalesced" if shared else "miss", computed.timings)
 

@@ -1,0 +1,57 @@
+"""Tiny networks of both families with random weights, for tests of what lies around them."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from bench.published import KRONOS_TINY, TOTO_TINY, random_weights, toto_config
+from bench.service import put_version
+from model_store.manifest import Manifest
+from model_store.store import ModelStore
+from models.families import build_forecaster
+from models.forecaster import Forecaster
+
+
+class Tiny(NamedTuple):
+    config: dict[str, Any]
+    weights: dict[str, torch.Tensor]
+
+    def build(self, family: str, device: str = "cpu") -> Forecaster:
+        return build_forecaster(family, self.config, self.weights, device)
+
+
+def make_tiny(seed: int) -> dict[str, Tiny]:
+    configs = {"toto": toto_config(TOTO_TINY | {"num_layers": 2}, 512), "kronos": KRONOS_TINY}
+    return {family: Tiny(config, random_weights(family, config, seed)) for family, config in configs.items()}
+
+
+@pytest.fixture(scope="session")
+def tiny() -> dict[str, Tiny]:
+    """By family; every network has 2 layers, 32 wide."""
+    return make_tiny(seed=3)
+
+
+@pytest.fixture(scope="session")
+def tinies() -> Callable[[int], dict[str, Tiny]]:
+    """As `tiny`, by seed: the same code over other weights."""
+    return make_tiny
+
+
+@pytest.fixture(scope="session")
+def build_tiny(tiny: dict[str, Tiny]) -> Callable[..., Forecaster]:
+    """A forecaster of its own, by family, whose weights a test may change."""
+    return lambda family, device="cpu": tiny[family].build(family, device)
+
+
+@pytest.fixture(scope="session")
+def put_tiny(tiny: dict[str, Tiny]) -> Callable[[ModelStore, str], Manifest]:
+    """Store and promote `toto-demo` or `kronos-demo`."""
+
+    def put(store: ModelStore, family: str) -> Manifest:
+        config, weights = tiny[family]
+        cloned = {name: tensor.clone() for name, tensor in weights.items()}
+        return store.manifest(put_version(store, f"{family}-demo", config, cloned, tiny[family].build(family)))
+
+    return put

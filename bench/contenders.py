@@ -47,12 +47,13 @@ def contenders(store: ModelStore, reference: str, home: Path, device: str) -> di
     for label, artefact in find_artefacts(store, reference, platform=place, torch_version=torch.__version__).items():
         kind = KINDS[label]
         files = read_artefact(store, artefact, native=kind.native, key=machine_key(home))
-        found[label] = eager.executed_by(kind.load(eager.decoder, files, torch.get_num_threads()))
+        functions = kind.load(eager.decoder, files, torch.get_num_threads())
+        found[label] = eager.executed_by(functions, fours=kind.fours)
     if torch.device(device).type == "cuda":
         for dtype in [label.partition("-")[2] for label in found if label.startswith("eager-")]:
             kind = KINDS[f"cuda_graph-{dtype}"]
             graphs = kind.load(eager.decoder, {}, torch.get_num_threads())
             assert isinstance(graphs, CudaGraphs)
             graphs.capturing = True  # every side is warmed up before it is timed
-            found[kind.label] = eager.executed_by(graphs)
+            found[kind.label] = eager.executed_by(graphs, fours=kind.fours)
     return {label.replace("-", " "): forecaster for label, forecaster in found.items()}

@@ -113,7 +113,7 @@ def export(
         kind,
         compare(calls, functions, kind.served(forecaster.decoder).examples(0)),
         forecaster,
-        forecaster.executed_by(functions),
+        forecaster.executed_by(functions, fours=kind.fours),
         asked,
     )
     artefact = Artefact(

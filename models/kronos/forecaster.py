@@ -38,7 +38,8 @@ _CLIP: Final = 5.0
 _EPSILON: Final = 1e-5
 _CONTEXTS: Final = (64, 128, 256, 512, 1024, 2048)
 _HORIZONS: Final = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
-_SAMPLES: Final = (4, 8, 16, 32, 64, 128, 256, 512)  # fours: see models/toto/forecaster.py
+_SAMPLES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+_FOURS: Final = _SAMPLES[2:]  # see models/toto/decoder.py
 _CACHE_BYTES: Final = 2**30  # of all paths of a batch
 _RESOLUTION: Final = 10 * _EPSILON
 _LARGEST_UNIFORM: Final = 1 - 2**-24  # a float32 below 1
@@ -56,6 +57,7 @@ class KronosForecaster:
         candle would otherwise shift every forecast."""
         self.decoder = KronosDecoder(tokenizer, predictor).eval()
         self.functions: Functions = functions_of(self.decoder)
+        self._samples: tuple[int, ...] = _FOURS
         self._indices = torch.arange(max_context, device=self.decoder.device)
         self.limits = Limits(
             min_context=2, max_context=max_context - 1, max_horizon=max_context - 2, max_total=max_context
@@ -72,9 +74,10 @@ class KronosForecaster:
         both.to(device)
         return cls(tokenizer, predictor, max_context=config["context"], anchor=config.get("anchor", False))
 
-    def executed_by(self, functions: Functions) -> Self:
+    def executed_by(self, functions: Functions, *, fours: bool = True) -> Self:
         other = copy.copy(self)
         other.functions = functions
+        other._samples = _FOURS if fours else _SAMPLES
         return other
 
     def check(self, item: ForecastInput) -> None:
@@ -93,14 +96,14 @@ class KronosForecaster:
 
     def _path_bytes(self, item: ForecastInput) -> int:
         """Size of the caches of one request's paths."""
-        paths, slots = bucket_of(item.sampling.samples, _SAMPLES), bucket_of(item.horizon, _HORIZONS)
+        paths, slots = bucket_of(item.sampling.samples, self._samples), bucket_of(item.horizon, _HORIZONS)
         return paths * slots * (len(self.decoder.blocks) + 1) * 2 * self.decoder.width * 4
 
     def bucket(self, item: ForecastInput) -> Hashable:
         return (
             bucket_of(len(item.candles), _CONTEXTS),
             bucket_of(item.horizon, _HORIZONS),
-            bucket_of(item.sampling.samples, _SAMPLES),
+            bucket_of(item.sampling.samples, self._samples),
         )
 
     def encode(self, item: ForecastInput) -> Row:
@@ -116,7 +119,7 @@ class KronosForecaster:
         rows = rows or [self.encode(item) for item in inputs]
         count, context = pad_rows(len(inputs)), bucket_of(max(len(i.candles) for i in inputs), _CONTEXTS)
         horizon = bucket_of(max(i.horizon for i in inputs), _HORIZONS)
-        samples = bucket_of(max(i.sampling.samples for i in inputs), _SAMPLES)
+        samples = bucket_of(max(i.sampling.samples for i in inputs), self._samples)
         arrays = {
             "candles": np.zeros((count, context, len(VARIATES) + 1), dtype=np.float32),
             "pad": np.full(count, context - 1),  # a padding row holds one candle of zeros

@@ -39,8 +39,11 @@ class Executable(Protocol):
     decoder: Decoder
     functions: Functions
 
-    def executed_by(self, functions: Functions) -> Self:
-        """The same forecaster on other functions; both share all else."""
+    def executed_by(self, functions: Functions, *, fours: bool = True) -> Self:
+        """The same forecaster on other functions; both share all else.
+
+        Where `fours` is true products need a multiple of 4 rows to give a row the same bits at any count.
+        """
         ...
 
 

@@ -28,6 +28,11 @@ class Kind:
     def label(self) -> str:
         return f"{self.runtime}-{self.dtype}"
 
+    @property
+    def fours(self) -> bool:
+        """Whether products need a multiple of 4 rows to give a row the same bits at any count."""
+        return self.dtype != "bfloat16"
+
     def build(self, decoder: Decoder) -> dict[str, bytes]:
         """The files of the artefact, by name; minutes, for a compiled one."""
         if self.runtime in ("eager", "cuda_graph"):

@@ -89,7 +89,7 @@ class TotoForecaster:
             chain_opens=config.get("chain_opens", False),
         )
 
-    def executed_by(self, functions: Functions) -> Self:
+    def executed_by(self, functions: Functions, *, fours: bool = True) -> Self:
         other = copy.copy(self)
         other.functions = functions
         return other

@@ -111,7 +111,8 @@ class Selection:
         assert isinstance(eager, Executable)
         kind = KINDS[label]
         files = {} if kind.runtime == "cuda_graph" else self._files(manifest, label)
-        executed: Forecaster = eager.executed_by(kind.load(eager.decoder, files, torch.get_num_threads()))
+        functions = kind.load(eager.decoder, files, torch.get_num_threads())
+        executed: Forecaster = eager.executed_by(functions, fours=kind.fours)
         warm(executed)
         return executed
 

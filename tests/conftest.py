@@ -52,6 +52,6 @@ def put_tiny(tiny: dict[str, Tiny]) -> Callable[[ModelStore, str], Manifest]:
     def put(store: ModelStore, family: str) -> Manifest:
         config, weights = tiny[family]
         cloned = {name: tensor.clone() for name, tensor in weights.items()}
-        return store.manifest(put_version(store, f"{family}-demo", config, cloned, tiny[family].build(family)))
+        return store.manifest(put_version(store, f"{family}-demo", family, config, cloned))
 
     return put

@@ -79,7 +79,7 @@ def test_packages_compiled_for_the_device_answer_as_eager_does(on_gpu, family):
     calls = record(on_gpu, items_of(5, 100 if family == "toto" else 10))
     parity = compare(calls, functions, on_gpu.decoder.examples(0))
     assert max(parity.errors.values()) <= 1e-5
-    assert parity.equal_tokens > 0.999
+    assert parity.equal_tokens is None if family == "toto" else parity.equal_tokens > 0.999
 
 
 @pytest.fixture

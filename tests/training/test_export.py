@@ -72,17 +72,22 @@ def test_exporting_twice_returns_the_first(exported: Export, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    ("missed", "said"), [("mae_change", "change of the forecasts' MAE"), ("quantile_shift", "quantile")]
+    ("missed", "said"),
+    [
+        ("mae_change", "change of the forecasts' MAE"),
+        ("quantile_bias", "bias of the 0.1 quantile"),
+        ("quantile_shift", "shift of the 0.1 quantile"),
+    ],
 )
 def test_a_missed_budget_is_named_and_leaves_no_trace(
     store: ModelStore, exported: Export, monkeypatch: pytest.MonkeyPatch, missed: str, said: str
 ) -> None:
-    budgets = exporting.BUDGETS["bfloat16"] | {missed: -1.0}
+    budgets = exporting.BUDGETS["bfloat16"] | {missed: 0.0}
     monkeypatch.setitem(exporting.BUDGETS, "bfloat16", budgets)
     before = sorted(store.root.rglob("*"))
     with pytest.raises(ExportRefused, match=said) as refused:
         exported("toto-demo")
-    assert "its budget -1" in str(refused.value)
+    assert "its budget 0" in str(refused.value)
     assert sorted(store.root.rglob("*")) == before
     assert not traces(store)
 

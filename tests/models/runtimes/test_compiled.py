@@ -30,7 +30,7 @@ def test_packages_answer_as_eager_does_at_any_number_of_rows(forecasters, compil
     for rows, length in ((1, 30), (2, 100), (3, 64), (8, 100)):
         parity = compare(calls_of(forecaster, make_request, rows, length), functions, examples)
         assert max(parity.errors.values()) <= 1e-5
-        assert parity.equal_tokens == 1
+        assert parity.equal_tokens == {"kronos": 1, "toto": None}[family]
 
 
 @pytest.mark.long

@@ -21,7 +21,7 @@ def test_float32_files_answer_as_eager_does(forecasters, onnx_functions, make_re
     forecaster = forecasters[family]
     parity = errors(forecaster, onnx_functions(family, forecaster.decoder), make_request, rows, length)
     assert max(parity.errors.values()) <= 1e-5
-    assert parity.equal_tokens == 1
+    assert parity.equal_tokens == {"kronos": 1, "toto": None}[family]
 
 
 @pytest.mark.long

@@ -30,13 +30,13 @@ _PATHS: Final = 4
 _BATCH_ROWS: Final = 16
 # float32 runtimes differ by the order of their sums alone. Tokens differ where a uniform lies within such an error
 # of a boundary. Reduced precision is judged by what it does to forecasts: one other token and a path goes elsewhere,
-# so drawn quantiles may move as far as another seed moves them, but nowhere in particular.
+# so drawn quantiles may move as far as another seed moves them (measured with some noise), but nowhere in particular.
 _REDUCED: Final = {
     "unequal_tokens": 0.1,
     "mae_change": 0.01,
     "quantile_bias": 0.02,
     "quantile_shift": 0.05,
-    "quantile_shift_over_seed": 1.0,
+    "quantile_shift_over_seed": 1.25,
 }
 BUDGETS: Final = {
     "float32": {"functions": 1e-5, "unequal_tokens": 1e-3},

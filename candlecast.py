@@ -313,10 +313,13 @@ def models() -> None:
 @models.command("time")
 @click.argument("references", metavar="[NAME]...", nargs=-1)
 @click.option("--device", envvar="CANDLECAST_DEVICE", default="cpu", show_default=True, help="Torch device.")
+@click.option("--threads", envvar="CANDLECAST_THREADS", type=click.IntRange(min=1), help="As the service has them.")
 @HomeFolder
 @StoreRoot
 @JsonFlag
-def time_models(references: tuple[str, ...], device: str, home: Path, store_root: Path, as_json: bool) -> None:
+def time_models(
+    references: tuple[str, ...], device: str, threads: int | None, home: Path, store_root: Path, as_json: bool
+) -> None:
     """Time every runtime of NAME (by default of all in production) again and remember the fastest.
 
     \b
@@ -324,7 +327,7 @@ def time_models(references: tuple[str, ...], device: str, home: Path, store_root
     """
     from service.engine.selection import time_again
 
-    choices = time_again(store_root, references, home=home, device=device)
+    choices = time_again(store_root, references, home=home, device=device, threads=threads)
     if as_json:
         click.echo(json.dumps({exact: asdict(choice) for exact, choice in choices.items()}))
         return

@@ -1,6 +1,6 @@
 """The floor: the same matrix products in the same dtype and nothing else, over operands as large as the real ones."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -12,24 +12,18 @@ from bench.published import request
 from bench.rows import Row
 from bench.timing import Work
 from bench.workbench import Workbench
-from models.forecaster import Batch, Forecaster, ForecastInput, forecast
+from models.forecaster import Forecaster, ForecastInput, forecast
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _REACH: Final = 1.5
-
-Stages = Callable[[Batch], list[Stage]]
 
 
 def kronos_floor(bench: Workbench, symbols: int, paths: int) -> list[Row]:
     """Kronos-small 64→30."""
     items = [request(64, 30, seed, samples=paths) for seed in range(symbols)]
 
-    def stages(batch: Batch) -> list[Stage]:
-        count, drawn, slots, _ = batch.tensors["uniforms"].shape
-        context = batch.tensors["candles"].shape[1]
-        shapes = {"symbols": count, "paths": drawn, "context": context, "slots": slots, "steps": items[0].horizon}
-        return kronos_stages(bench.kronos_config, **shapes)
-
+    shapes = {"symbols": symbols, "paths": paths, "context": 64, "slots": 30, "steps": 30}
+    stages = kronos_stages(bench.kronos_config, **shapes)
     work = f"engine on Kronos-small 64→30, {_plural(symbols, 'symbol')}, {_plural(paths, 'path')}"
     return _row(bench, work, bench.kronos, items, stages)
 
@@ -38,19 +32,15 @@ def toto_floor(bench: Workbench) -> list[Row]:
     """Toto-base, whole context."""
     longest = max(forecaster.limits.max_context for forecaster in bench.toto.values())
 
-    def stages(batch: Batch) -> list[Stage]:
-        rows, _, patches, _ = batch.tensors["values"].shape
-        return toto_stages(bench.toto_network, symbols=rows, patches=patches)
-
+    stages = toto_stages(bench.toto_network, symbols=1, patches=longest // bench.toto_network["patch_size"])
     return _row(bench, f"engine on Toto-base {longest}→64", bench.toto, [request(longest, 64, seed=1)], stages)
 
 
 def _row(
-    bench: Workbench, work: str, ours: dict[str, Forecaster], items: Sequence[ForecastInput], stages: Stages
+    bench: Workbench, work: str, ours: dict[str, Forecaster], items: Sequence[ForecastInput], wanted: Sequence[Stage]
 ) -> list[Row]:
     """Engine time (prepare, run, finish) of the fastest contender over the floor of its dtype."""
     comparable = {label: each for label, each in ours.items() if label.split()[1] in _DTYPES}
-    wanted = stages(next(iter(comparable.values())).prepare(items))
     floors = {
         dtype: floor_work(wanted, _DTYPES[dtype], bench.device) for dtype in {label.split()[1] for label in comparable}
     }

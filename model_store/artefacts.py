@@ -1,7 +1,10 @@
 """Runtimes of a version: files in `<model>/<version>/runtimes/<runtime>-<dtype>-<platform>-<torch>/`, append-only."""
 
+import contextlib
 import os
 import secrets
+import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,27 +15,35 @@ from model_store.manifest import MANIFEST, RUNTIMES, Artefact, canonical_json
 from model_store.store import ModelStore
 
 _MAX_MANIFEST_BYTES = 2**20
+_KEY_BYTES = 32
 
 
 def machine_key(home: Path) -> bytes:
     """The secret by which this machine knows what it built; made at the first call."""
     path = home / "machine.key"
     home.mkdir(parents=True, exist_ok=True)
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        with open_regular(path) as file:
-            return file.read()
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(key := secrets.token_bytes(32))
+    if not path.exists():
+        descriptor, temporary = tempfile.mkstemp(prefix=".machine.key-", dir=home)  # of mode 0600
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(secrets.token_bytes(_KEY_BYTES))
+        with contextlib.suppress(FileExistsError):  # another process was first: its key is the machine's
+            os.link(temporary, path)
+        os.unlink(temporary)
+    with open_regular(path) as file:
+        key = file.read()
+    if len(key) != _KEY_BYTES:
+        raise VerificationFailed(f"{path.name} is not a key: delete it, and export what it signed anew")
     return key
 
 
 def put_artefact(store: ModelStore, artefact: Artefact, contents: Mapping[str, bytes], key: bytes) -> Artefact:
-    """Store an artefact whole or not at all, signed; one that is there already stays."""
+    """Store an artefact whole or not at all, signed, in the place of one that this machine could not use."""
     complete = artefact.model_copy(update={"files": entries_of(contents)}).signed(key)
     data = canonical_json(complete.model_dump(mode="json"))
-    write_directory(_home(store, complete), {**contents, MANIFEST: data})
+    home = _home(store, complete)
+    if home.exists():
+        shutil.rmtree(home)
+    write_directory(home, {**contents, MANIFEST: data})
     return complete
 
 
@@ -42,11 +53,13 @@ def find_artefacts(store: ModelStore, reference: str, *, platform: str, torch_ve
     home = store.root / model / version / RUNTIMES
     if not home.is_dir():
         return {}
-    found = [_read(path / MANIFEST) for path in sorted(home.iterdir()) if (path / MANIFEST).is_file()]
+    whole = [path for path in sorted(home.iterdir()) if not path.name.startswith(".") and (path / MANIFEST).is_file()]
+    found = [(path, _read(path / MANIFEST)) for path in whole]
+    wanted = (model, version, platform, torch_version)
     return {
         one.label: one
-        for one in found
-        if (one.model, one.version, one.platform, one.torch) == (model, version, platform, torch_version)
+        for path, one in found
+        if (one.model, one.version, one.platform, one.torch) == wanted and path == _home(store, one)
     }
 
 

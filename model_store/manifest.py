@@ -142,7 +142,7 @@ class Artefact(_Strict):
         return self.model_copy(update={"signature": self._signature(key)})
 
     def is_signed_by(self, key: bytes) -> bool:
-        return hmac.compare_digest(self.signature, self._signature(key))
+        return hmac.compare_digest(self.signature.encode(), self._signature(key).encode())
 
     def _signature(self, key: bytes) -> str:
         content = canonical_json(self.model_dump(mode="json", exclude={"signature"}))

@@ -177,6 +177,11 @@ def pad_rows(count: int) -> int:
     return 1 << max(0, count - 1).bit_length()
 
 
+def whole_power(rows: int) -> int:
+    """The largest batch size that padding does not push beyond `rows`."""
+    return 1 << max(0, rows.bit_length() - 1)
+
+
 def bucket_of(value: int, buckets: Sequence[int]) -> int:
     """The smallest bucket that holds `value`; ValueError beyond the largest."""
     for bucket in buckets:

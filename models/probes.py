@@ -5,18 +5,23 @@ from typing import Any
 import numpy as np
 
 from models.candles import Floats, with_amount
-from models.forecaster import DEFAULT_HORIZON, DEFAULT_LOOKBACK, Forecast, Forecaster, ForecastInput, forecast
+from models.forecaster import DEFAULT_HORIZON, DEFAULT_LOOKBACK, Forecast, Forecaster, ForecastInput, Sampling, forecast
 
 _HOUR_MS = 3_600_000
 _START_MS = 1_704_067_200_000  # 2024-01-01 00:00 UTC
 
 
-def probe(forecaster: Forecaster, seed: int, **settings: Any) -> ForecastInput:
-    """The request of a caller who asks for nothing special, over a random walk; `settings` are ForecastInput's."""
+def usual_size(forecaster: Forecaster) -> tuple[int, int]:
+    """Context and horizon of a request that asks for nothing special."""
     limits, family = forecaster.limits, forecaster.family
     horizon = min(DEFAULT_HORIZON[family], limits.max_horizon)
     room = limits.max_context if limits.max_total is None else min(limits.max_context, limits.max_total - horizon)
-    context = min(DEFAULT_LOOKBACK.get(family, limits.max_context), room)
+    return min(DEFAULT_LOOKBACK.get(family, limits.max_context), room), horizon
+
+
+def probe(forecaster: Forecaster, seed: int, **settings: Any) -> ForecastInput:
+    """The request of a caller who asks for nothing special, over a random walk; `settings` are ForecastInput's."""
+    context, horizon = usual_size(forecaster)
     times = _START_MS + _HOUR_MS * np.arange(context + horizon, dtype=np.int64)
     return ForecastInput(
         timestamps=times[:context],
@@ -29,10 +34,16 @@ def probe(forecaster: Forecaster, seed: int, **settings: Any) -> ForecastInput:
 
 
 def is_batch_invariant(forecaster: Forecaster, company: int = 4) -> bool:
-    """Whether a forecast has the same bits alone as among `company` others, in every place of the batch."""
-    items = [probe(forecaster, seed) for seed in range(company + 1)]
-    company = min(company, forecaster.max_rows(items[0]) - 1)
-    items = items[: company + 1]
+    """Whether a forecast has the same bits alone as among `company` others, in every place of the batch.
+
+    With the usual number of paths, and with one.
+    """
+    return all(_same_alone(forecaster, company, Sampling(samples=samples)) for samples in (Sampling().samples, 1))
+
+
+def _same_alone(forecaster: Forecaster, company: int, sampling: Sampling) -> bool:
+    items = [probe(forecaster, seed, sampling=sampling) for seed in range(company + 1)]
+    items = items[: forecaster.max_rows(items[0])]
     together = forecast(forecaster, items)
     alone = [forecast(forecaster, [item])[0] for item in items]
     return all(_same_bits(one, other) for one, other in zip(alone, together, strict=True))

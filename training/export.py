@@ -14,10 +14,11 @@ from model_store.manifest import Artefact, Parity
 from model_store.store import ModelStore
 from models.candles import CLOSE, Floats
 from models.families import build_forecaster
-from models.forecaster import DEFAULT_HORIZON, DEFAULT_LOOKBACK, Forecaster, ForecastInput, forecast, served_sampling
+from models.forecaster import Forecaster, ForecastInput, forecast, served_sampling
+from models.probes import usual_size
 from models.runtimes.functions import Executable
 from models.runtimes.kinds import FP32_EAGER, Kind, platform_name
-from models.runtimes.parity import FunctionParity, compare, record
+from models.runtimes.parity import Call, FunctionParity, compare, record
 from models.uniforms import derive_seed
 from training.candle_files import Series
 from training.windows import forecast_input, series_calendar
@@ -60,13 +61,12 @@ class Calibration:
 def calibration(
     forecaster: Forecaster, serving: dict[str, object], series: Sequence[Series], count: int
 ) -> Calibration:
-    """About `count` requests with the version's own defaults, spread evenly over the newest candles of `series`.
+    """About `count` requests of the usual size with the version's own sampling, over the newest candles of `series`.
 
     ValueError if no series is long enough.
     """
-    family, limits = forecaster.family, forecaster.limits
-    horizon = min(DEFAULT_HORIZON[family], limits.max_horizon)
-    lookback = min(DEFAULT_LOOKBACK.get(family, limits.max_context), limits.max_context)
+    limits = forecaster.limits
+    lookback, horizon = usual_size(forecaster)
     sampling = served_sampling(serving)
     inputs, actual = [], []
     for item in series:
@@ -96,7 +96,7 @@ def export(
         raise ValueError(f"{kind.label} needs no export: it runs what the version and its artefacts have")
     place = platform_name(torch.device(device))
     known = find_artefacts(store, reference, platform=place, torch_version=torch.__version__)
-    if kind.label in known:
+    if kind.label in known and (not kind.native or known[kind.label].is_signed_by(key)):
         return known[kind.label]
     version = store.load(reference)
     forecaster = build_forecaster(version.manifest.family, version.config, version.weights, device)
@@ -107,11 +107,9 @@ def export(
     built = time.monotonic() - started
     functions = kind.load(forecaster.decoder, files, torch.get_num_threads())
     asked = calibration(forecaster, version.manifest.serving, series, windows)
-    alike = [item for item in asked.inputs if forecaster.bucket(item) == forecaster.bucket(asked.inputs[0])]
-    calls = record(forecaster, [_shortened(item) for item in alike[:_RECORDED]])
     parity = _judged(
         kind,
-        compare(calls, functions, kind.served(forecaster.decoder).examples(0)),
+        compare(_calls(forecaster, asked.inputs), functions, kind.served(forecaster.decoder).examples(0)),
         forecaster,
         forecaster.executed_by(functions, fours=kind.fours),
         asked,
@@ -131,13 +129,26 @@ def export(
     return put_artefact(store, artefact, files, key)
 
 
-def _shortened(item: ForecastInput) -> ForecastInput:
-    """A few paths and steps of a request: enough to compare functions by."""
+def _calls(forecaster: Forecaster, inputs: Sequence[ForecastInput]) -> list[Call]:
+    """Calls of every function: of a few short requests, and of one beyond the usual horizon if that needs others."""
+    assert isinstance(forecaster, Executable)
+    alike = [item for item in inputs if forecaster.bucket(item) == forecaster.bucket(inputs[0])]
+    calls = record(forecaster, [_with_steps(item, _STEPS) for item in alike[:_RECORDED]])
+    if set(forecaster.functions) - {call.name for call in calls}:
+        calls += record(forecaster, [_with_steps(inputs[0], inputs[0].horizon + 1)])
+    if unseen := set(forecaster.functions) - {call.name for call in calls}:
+        raise ExportRefused(f"no request calls {', '.join(sorted(unseen))}: there is nothing to judge it by")
+    return calls
+
+
+def _with_steps(item: ForecastInput, steps: int) -> ForecastInput:
+    """A few paths of `steps` steps: enough to compare functions by."""
     known = len(item.timestamps)
+    ahead = (item.timestamps[-1] - item.timestamps[-2]) * np.arange(1, steps + 1)
     return replace(
         item,
-        future_timestamps=item.future_timestamps[:_STEPS],
-        local_times=item.local_times[: known + _STEPS],
+        future_timestamps=item.timestamps[-1] + ahead,
+        local_times=np.concatenate([item.local_times[:known], item.local_times[known - 1] + ahead]),
         sampling=replace(item.sampling, samples=_PATHS),
     )
 
@@ -148,6 +159,8 @@ def _judged(
     budget = BUDGETS[kind.dtype]
     parity = Parity(functions=functions.errors, equal_tokens=functions.equal_tokens, budget=budget)
     unequal = 0.0 if functions.equal_tokens is None else 1 - functions.equal_tokens
+    if not np.isfinite(list(functions.errors.values())).all():
+        raise ExportRefused(f"{kind.label}: a result is infinite where float32's is not; nothing was stored")
     _refuse_above(kind, "the share of unequal tokens", unequal, budget["unequal_tokens"])
     if kind.dtype == "float32":
         _refuse_above(kind, "the largest error of a function", max(functions.errors.values()), budget["functions"])

@@ -25,6 +25,7 @@ from models.forecaster import (
     bucket_of,
     checked,
     pad_rows,
+    whole_power,
 )
 from models.kronos.decoder import Cache, Controls, KronosDecoder, Tokens
 from models.kronos.network import KronosPredictor, PredictorConfig
@@ -92,7 +93,7 @@ class KronosForecaster:
             raise ModelError(str(error), "aggregate") from error
 
     def max_rows(self, item: ForecastInput) -> int:
-        return max(1, _CACHE_BYTES // self._path_bytes(item))
+        return whole_power(_CACHE_BYTES // self._path_bytes(item))
 
     def _path_bytes(self, item: ForecastInput) -> int:
         """Size of the caches of one request's paths."""

@@ -84,7 +84,7 @@ class CudaGraphs(Mapping[str, Function]):
                 plain(*static)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):  # others go on serving
             outputs = flattened(plain(*static))
         self._pool = self._pool or graph.pool()
         return _Captured(graph, inputs, outputs)

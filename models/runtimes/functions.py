@@ -5,6 +5,7 @@ annotation says which. Exported forms know flat lists of tensors only: `Flat` is
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any, Protocol, Self, get_type_hints, runtime_checkable
 
 import torch
@@ -97,4 +98,10 @@ def _nested(kind: Any, tensors: Iterator[Tensor]) -> Any:
     """The next tensor, or the NamedTuple `kind` of the next ones."""
     if kind is Tensor:
         return next(tensors)
-    return kind(*(_nested(field, tensors) for field in get_type_hints(kind).values()))
+    return kind(*(_nested(field, tensors) for field in _fields(kind)))
+
+
+@cache
+def _fields(kind: Any) -> tuple[Any, ...]:
+    """The types of a NamedTuple's fields."""
+    return tuple(get_type_hints(kind).values())

@@ -16,7 +16,13 @@ from torch._subclasses import FakeTensorMode
 
 from models.runtimes.functions import Decoder, Flat, Function, Functions, rebuilt
 
-_ELEMENTS: Final = {torch.float32: np.float32, torch.int64: np.int64, torch.bool: np.bool_}
+_ELEMENTS: Final = {
+    torch.float32: np.float32,
+    torch.float64: np.float64,
+    torch.int32: np.int32,
+    torch.int64: np.int64,
+    torch.bool: np.bool_,
+}
 _BLOCK: Final = 32  # weights that share a scale
 
 

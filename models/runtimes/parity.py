@@ -63,12 +63,12 @@ def compare(calls: Sequence[Call], functions: Functions, examples: Mapping[str, 
     for call in calls:
         arguments = _pytree.tree_map(lambda a, like: a.to(like.dtype), list(call.arguments), list(examples[call.name]))
         pairs = list(zip(call.result, flattened(functions[call.name](*arguments)), strict=True))
-        tokens = [(a, b) for a, b in pairs if not a.is_floating_point()]
+        tokens = [(a, b) for a, b in pairs if a.dtype == torch.int64]
         agreed = sum(int((a == b).sum()) for a, b in tokens)
         asked = sum(a.numel() for a, _ in tokens)
         equal, drawn = equal + agreed, drawn + asked
         if agreed == asked:
-            found = max((_error(a, b) for a, b in pairs if a.is_floating_point()), default=0.0)
+            found = max((_error(a, b) for a, b in pairs if a.dtype != torch.int64), default=0.0)
             errors[call.name] = max(errors[call.name], found)
     return FunctionParity(dict(errors), equal / drawn if drawn else None)
 
@@ -78,5 +78,7 @@ def _error(expected: torch.Tensor, found: torch.Tensor) -> float:
     finite = torch.isfinite(expected)
     if not torch.equal(finite, torch.isfinite(found)):
         return float("inf")
+    if not bool(finite.any()):
+        return 0.0
     expected, found = expected[finite].double(), found[finite].double()
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))

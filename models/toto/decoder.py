@@ -222,7 +222,7 @@ class TotoDecoder(nn.Module):
         keys, found = (torch.stack(parts) for parts in zip(*entries, strict=True))
         reached = Statistics(*(fact.unsqueeze(-1) for fact in reached))  # an axis for the paths
         ahead = Projected(self._head(hidden)[:, :, -1], loc[..., -1], scale[..., -1])
-        return Prefilled(ahead, Prefix(keys, found, mask[:, None, None], real.sum(-1).squeeze(-1)), reached)
+        return Prefilled(ahead, Prefix(keys, found, mask[:, None, None], real.sum(-1).squeeze(-1).int()), reached)
 
     def draw(self, ahead: Projected, uniforms: Tensor) -> Patch:
         """One patch of every path; `ahead` has an axis of paths, of length 1 where they do not differ yet.

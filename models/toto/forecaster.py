@@ -24,6 +24,7 @@ from models.forecaster import (
     bucket_of,
     checked,
     pad_rows,
+    whole_power,
 )
 from models.layers import load_strictly, on_device
 from models.runtimes.functions import Functions, functions_of
@@ -110,7 +111,7 @@ class TotoForecaster:
         patches, samples = self._drawn(item)
         if samples:
             rows = min(rows, _PATH_BYTES // (samples * patches * len(VARIATES) * self.decoder.patch_bytes))
-        return max(1, rows)
+        return whole_power(rows)
 
     def bucket(self, item: ForecastInput) -> Hashable:
         return bucket_of(len(item.candles), self._contexts), *self._drawn(item)

@@ -1,5 +1,6 @@
 """The straight line's short cut: a request whose bytes were answered before is answered without being read."""
 
+import asyncio
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict
@@ -7,10 +8,12 @@ from typing import Any
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
+from starlette.requests import ClientDisconnect
 
 from service.api.answers import Asked, Found, whole_answer
 from service.api.schemas import TimingsMs
 from service.api.wire import StrictRequest
+from service.engine.batcher import DeadlineExceeded
 from service.engine.cache import Kept
 from service.engine.repeats import Facts, Repeat, StoredAs, request_digest
 from service.services import Services
@@ -26,6 +29,13 @@ class AdmittedRoute(APIRoute):
             services: Services = request.app.state.services
             with services.door.permit():
                 strict = StrictRequest(request.scope, request.receive)
+                try:
+                    async with asyncio.timeout(services.settings.request_timeout_ms / 1000):
+                        await strict.body()  # kept; a caller who never ends sending it must not keep the permit
+                except TimeoutError:
+                    raise DeadlineExceeded from None
+                except ClientDisconnect:
+                    return Response(status_code=499)  # never read
                 return await _recalled(strict, services) or await handle(strict)
 
         return admitted

@@ -5,7 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from model_store.manifest import Manifest
@@ -160,8 +160,9 @@ class Registry:
         """Put the runtime chosen for this machine in the place of the eager one."""
         try:
             choice, forecaster = await asyncio.to_thread(self._selection.settle, eager.manifest, eager.forecaster)
-        except Exception:  # noqa: BLE001 - the eager model goes on answering, labelled as such
+        except Exception:  # noqa: BLE001 - the eager model goes on answering, and is what there is
             _log.exception("%s goes on without a choice of runtime", exact)
+            self._settled[exact] = replace(eager, settled=True)
             return
         self._settled[exact] = LoadedModel(
             eager.manifest, forecaster, runtime=choice.runtime, dtype=choice.dtype, choice=choice

@@ -58,7 +58,8 @@ class Revisions:
         self._reader = None
 
     async def _read(self, series: Sequence[tuple[str, str]]) -> Sequence[Revision | None]:
-        with contextlib.suppress(*REDIS_ERRORS), self._metrics.redis_operation("history_revision"):
+        # Whatever goes wrong, those who wait hear of it: RuntimeError is the event loop's, for a closed transport.
+        with contextlib.suppress(RuntimeError, *REDIS_ERRORS), self._metrics.redis_operation("history_revision"):
             pipeline = self._redis.pipeline(transaction=False)
             for symbol, interval in series:
                 pipeline.hgetall(series_key(symbol))

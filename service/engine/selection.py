@@ -58,15 +58,18 @@ class Selection:
         self._home = home
         self._device = torch.device(device)
         self._forced = forced
-        self._writing = threading.Lock()
+        self._settling = threading.Lock()
 
     def remembered(self, manifest: Manifest) -> Choice | None:
         """The choice made before, unless what it holds for has changed."""
-        kept = self._read().get(_exact(manifest))
-        if kept is None or kept["conditions"] != self._conditions(manifest):
+        try:
+            kept = self._read()[_exact(manifest)]
+            if kept["conditions"] != self._conditions(manifest):
+                return None
+            choice = kept["choice"]
+            return Choice(**choice | {"times_ms": {label: tuple(times) for label, times in choice["times_ms"].items()}})
+        except (KeyError, TypeError, ValueError, AttributeError):  # nothing, or another release's
             return None
-        choice = kept["choice"]
-        return Choice(**choice | {"times_ms": {label: tuple(times) for label, times in choice["times_ms"].items()}})
 
     def is_open(self, manifest: Manifest) -> bool:
         """Whether anything but the eager float32 runtime could be chosen."""
@@ -77,24 +80,20 @@ class Selection:
 
         A forced or remembered runtime that does not load any more is logged and left out.
         """
-        choice = None if again else self.remembered(manifest)
-        if choice is not None and self._forced in (None, choice.label):
-            try:
-                return choice, self._load(manifest, eager, choice.label)
-            except (StoreError, RuntimeError, OSError) as error:
-                _log.error("%s: %s does not load: %s", _exact(manifest), choice.label, error)
-        choice, forecaster = self._choose(manifest, eager)
-        self._write(manifest, choice)
-        return choice, forecaster
+        with self._settling:  # one at a time: timings are taken here, and graphs captured
+            choice = None if again or self._forced else self.remembered(manifest)
+            if choice is not None and (loaded := self._loaded(manifest, eager, choice.label)):
+                return choice, loaded
+            choice, forecaster = self._choose(manifest, eager)
+            self._write(manifest, choice)
+            return choice, forecaster
 
     def _choose(self, manifest: Manifest, eager: Forecaster) -> tuple[Choice, Forecaster]:
         loaded = {FP32_EAGER: eager}
         for label in self._candidates(manifest) if isinstance(eager, Executable) else ():
-            try:
-                loaded[label] = self._load(manifest, eager, label)
-            except (StoreError, RuntimeError, OSError) as error:
-                _log.error("%s: %s does not load: %s", _exact(manifest), label, error)
-        times = _timed(loaded) if len(loaded) > 1 else {}
+            if self._forced in (None, label) and (candidate := self._loaded(manifest, eager, label)):
+                loaded[label] = candidate
+        times = _timed(loaded) if len(loaded) > 1 and self._forced is None else {}
         label = min(times, key=lambda name: sum(times[name])) if times else FP32_EAGER
         forced = self._forced in loaded
         if self._forced is not None and not forced:
@@ -104,6 +103,14 @@ class Selection:
             label = self._forced
         tested = is_batch_invariant(loaded[label]) if isinstance(eager, Executable) else None
         return Choice(label, times, tested, forced), loaded[label]
+
+    def _loaded(self, manifest: Manifest, eager: Forecaster, label: str) -> Forecaster | None:
+        """None, having logged why, if it does not load: whatever an artefact's fault is, eager goes on serving."""
+        try:
+            return self._load(manifest, eager, label)
+        except Exception as error:  # noqa: BLE001
+            _log.error("%s: %s does not load: %s", _exact(manifest), label, error)
+            return None
 
     def _load(self, manifest: Manifest, eager: Forecaster, label: str) -> Forecaster:
         if label == FP32_EAGER:
@@ -133,7 +140,8 @@ class Selection:
         """None if one is damaged: it is logged, and the version is served eagerly."""
         place, exact = platform_name(self._device), _exact(manifest)
         try:
-            return find_artefacts(self._store, exact, platform=place, torch_version=torch.__version__)
+            found = find_artefacts(self._store, exact, platform=place, torch_version=torch.__version__)
+            return {label: artefact for label, artefact in found.items() if label in KINDS}
         except StoreError as error:
             _log.error("%s is served without its artefacts: %s", exact, error)
             return {}
@@ -153,23 +161,29 @@ class Selection:
         """A forced choice is not remembered."""
         if choice.forced:
             return
-        with self._writing:
-            kept = self._read()
-            kept[_exact(manifest)] = {"conditions": self._conditions(manifest), "choice": asdict(choice)}
+        kept = self._read()
+        kept[_exact(manifest)] = {"conditions": self._conditions(manifest), "choice": asdict(choice)}
+        try:
             self._home.mkdir(parents=True, exist_ok=True)
             temporary = self._home / f"runtimes.json.{os.getpid()}"
             temporary.write_text(json.dumps(kept, indent=1))
             os.replace(temporary, self._home / "runtimes.json")
+        except OSError as error:
+            _log.error("the choice of a runtime cannot be remembered: %s", error)
 
 
 def _exact(manifest: Manifest) -> str:
     return f"{manifest.model}@{manifest.version}"
 
 
-def time_again(store_root: Path, references: Sequence[str], *, home: Path, device: str) -> dict[str, Choice]:
+def time_again(
+    store_root: Path, references: Sequence[str], *, home: Path, device: str, threads: int | None
+) -> dict[str, Choice]:
     """Choices made anew, by `name@version`; without `references`, of every model that is in production."""
     from models.families import build_forecaster  # both networks, which a service imports at its first load
 
+    if threads:
+        torch.set_num_threads(threads)  # a choice holds for the service's number of threads
     store = ModelStore(store_root)
     selection = Selection(store, home, device, None)
     wanted = references or [name for name in store.models() if PRODUCTION in store.aliases(name)]

@@ -26,7 +26,7 @@ class Settings(BaseSettings):
     threads: PositiveInt | None = Field(None, description="Threads of one forecast; default: torch's own choice.")
     max_queue: PositiveInt = Field(256, description="Requests that may wait beside a full batch; more answer 503.")
     max_batch_rows: PositiveInt = Field(32, description="Most requests that are computed at once.")
-    watchdog_seconds: PositiveFloat = Field(60, description="A batch that takes longer fails /livez.")
+    watchdog_seconds: PositiveFloat = Field(60, description="A step of a batch that takes longer fails /livez.")
     cache_bytes: NonNegativeInt = Field(64 * 2**20, description="Memory for forecasts that still hold; 0 keeps none.")
     max_body_bytes: PositiveInt = Field(8 * 2**20, description="Largest request body; a larger one answers 413.")
     request_timeout_ms: PositiveInt = Field(20_000, description="Deadline of a request that names none.")

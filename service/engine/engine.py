@@ -34,6 +34,7 @@ class _Running:
 
     bound: Bound
     marks: list[float] = field(default_factory=lambda: [time.monotonic()])
+    stepped: float = field(default_factory=time.monotonic)  # when it last showed that it goes on
 
     @property
     def jobs(self) -> list[Job]:
@@ -44,10 +45,12 @@ class _Running:
         return self.jobs[0].model
 
     def wanted(self) -> bool:
+        self.stepped = time.monotonic()
         return any(job.wanted for job in self.jobs)
 
     def mark(self) -> None:
-        self.marks.append(time.monotonic())
+        self.stepped = time.monotonic()
+        self.marks.append(self.stepped)
 
     def seconds(self) -> float:
         """How long ago the batch was bound."""
@@ -76,10 +79,10 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """The thread runs and nothing has been in its hands for longer than anything takes."""
+        """The thread runs, and no stage or step of a batch has taken longer than any does."""
         if self._thread is None or not self._thread.is_alive():
             return False
-        begun = [running.marks[0] for running in list(self._running)]
+        begun = [running.stepped for running in list(self._running)]
         if not begun and (waiting := self._batcher.waiting_since) is not None:
             begun = [waiting]
         return not begun or time.monotonic() - min(begun) < self._watchdog_seconds

@@ -13,7 +13,7 @@ router = APIRouter()
 
 @router.get("/livez", response_model=Health, summary="Is the process alive")
 async def livez(parts: Parts) -> Any:
-    """503 once the engine's thread has ended: only a restart helps then."""
+    """503 once the engine's thread has ended or hangs: only a restart helps then."""
     return _health(parts.engine.alive or not parts.started, parts.degraded)
 
 

@@ -158,8 +158,8 @@ class Selection:
         return kept if isinstance(kept, dict) else {}
 
     def _write(self, manifest: Manifest, choice: Choice) -> None:
-        """A forced choice is not remembered."""
-        if choice.forced:
+        """What was chosen while one was forced is no choice to remember."""
+        if self._forced is not None:
             return
         kept = self._read()
         kept[_exact(manifest)] = {"conditions": self._conditions(manifest), "choice": asdict(choice)}

@@ -68,13 +68,26 @@ def test_what_was_put_is_found_and_read(store: ModelStore, version: str) -> None
     assert folder(store, version).name == f"compiled-float32-{PLATFORM}-{TORCH}"
 
 
-def test_a_second_put_keeps_the_first(store: ModelStore, version: str) -> None:
-    first = put_artefact(store, artefact(version), FILES, KEY)
-    put_artefact(store, artefact(version, build_seconds=9.0), {"forward.pt2": b"other"}, KEY)
+def test_a_second_put_takes_the_place_of_the_first_whole(store: ModelStore, version: str) -> None:
+    put_artefact(store, artefact(version), {"forward.pt2": b"another machine's", "more.pt2": b""}, b"x" * 32)
+    second = put_artefact(store, artefact(version, build_seconds=9.0), FILES, KEY)
     found = find(store, version)["compiled-float32"]
-    assert found == first
+    assert found == second
     assert read_artefact(store, found, native=True, key=KEY) == FILES
     assert len(list(folder(store, version).parent.iterdir())) == 1
+
+
+def test_what_a_killed_export_left_is_no_artefact(store: ModelStore, version: str) -> None:
+    put_artefact(store, artefact(version), FILES, KEY)
+    home = folder(store, version)
+    home.rename(home.with_name(".put-abc"))
+    assert find(store, version) == {}
+
+
+def test_a_key_that_was_never_written_whole_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "machine.key").write_bytes(b"")
+    with pytest.raises(VerificationFailed, match="is not a key"):
+        machine_key(tmp_path)
 
 
 @pytest.mark.parametrize("platform", [PLATFORM, "linux-aarch64-default"])

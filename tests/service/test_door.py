@@ -33,6 +33,35 @@ async def test_a_full_house_answers_503_with_retry_after(
         assert (await ask(client, rows)).status_code == 200
 
 
+def cut_short(ending: Any) -> Any:
+    """The beginning of a body, and then whatever `ending` does."""
+    begun = False
+
+    async def receive() -> Any:
+        nonlocal begun
+        if begun:
+            return await ending()
+        begun = True
+        return {"type": "http.request", "body": b"{", "more_body": True}
+
+    return receive
+
+
+async def test_uploads_that_stall_give_their_permits_back(running: Any, rows: Any) -> None:
+    async with running(**ONE_INSIDE, request_timeout_ms=100) as (client, app):
+        stalled = [over_asgi(app, cut_short(asyncio.Event().wait)) for _ in range(2)]  # all the permits there are
+        assert [sent[0]["status"] for sent in await asyncio.gather(*stalled)] == [504, 504]
+        assert (await ask(client, rows)).status_code == 200
+
+
+async def test_a_caller_who_hangs_up_while_sending_is_no_error(running: Any) -> None:
+    async def gone() -> Any:
+        return {"type": "http.disconnect"}
+
+    async with running(**ONE_INSIDE) as (_, app):
+        assert [(await over_asgi(app, cut_short(gone)))[0]["status"] for _ in range(3)] == [499] * 3
+
+
 async def test_a_body_is_not_read_without_a_permit(running: Any, rows: Any, faulty: Any, faulty_build: Any) -> None:
     async with running(build=faulty_build, **ONE_INSIDE) as (client, app):
         inside = [await held(client, rows, faulty), ask(client, rows, seed=1)]

@@ -104,7 +104,7 @@ def test_a_function_that_answers_wrong_is_never_stored(
             right = decoder.forward(*arguments)
             return right._replace(outputs=right.outputs * 1.0001)
 
-        return {"forward": forward}
+        return functions_of(decoder) | {"forward": forward}
 
     monkeypatch.setattr(type(kind), "load", load)
     with pytest.raises(ExportRefused, match=r"largest error of a function is 0\.0001, its budget 1e-05"):

@@ -11,6 +11,7 @@ import torch
 from model_store.artefacts import find_artefacts, machine_key
 from model_store.manifest import RUNTIMES, Artefact
 from model_store.store import ModelStore
+from models.runtimes.functions import functions_of
 from models.runtimes.kinds import KINDS, platform_name
 from models.runtimes.onnx import RuntimeUnavailable
 from training import export as exporting
@@ -104,7 +105,7 @@ def test_a_function_that_answers_wrong_is_never_stored(
             right = decoder.forward(*arguments)
             return right._replace(outputs=right.outputs * 1.0001)
 
-        return functions_of(decoder) | {"forward": forward}
+        return {**functions_of(decoder), "forward": forward}
 
     monkeypatch.setattr(type(kind), "load", load)
     with pytest.raises(ExportRefused, match=r"largest error of a function is 0\.0001, its budget 1e-05"):

@@ -229,7 +229,8 @@ class TotoDecoder(nn.Module):
 
         `uniforms` `[B, V, S, 64, 2]` in [0, 1): as the reference does, the steps of a patch are drawn independently.
         """
-        drawn = draw_from(TotoNetwork.mixture(ahead.outputs.double()), uniforms)
+        mixture = Mixture(*(parameter.double() for parameter in TotoNetwork.mixture(ahead.outputs)))
+        drawn = draw_from(mixture, uniforms)
         return Patch((drawn * ahead.scale.unsqueeze(-1) + ahead.loc.unsqueeze(-1)).float())
 
     def step(self, patch: Patch, reached: Statistics, prefix: Prefix, cache: Cache, index: Tensor) -> Stepped:
@@ -241,7 +242,7 @@ class TotoDecoder(nn.Module):
         x = self._embed(patch.values, loc, scale)  # [B, V, S, D]
         drawn, series = cache.keys.shape[4], prefix.keys
         tables = rotation(series.shape[3] + drawn + 1, series.shape[3] // 2, series.shape[4], x.device)
-        tables = tables.at((prefix.patches + index).unsqueeze(-1))
+        tables = tables.at((prefix.patches.long() + index).unsqueeze(-1))
         unwritten = torch.where(torch.arange(drawn, device=x.device) < index, 0.0, -torch.inf)
         entries: list[tuple[Tensor, Tensor]] = []
         for layer in self._layers():

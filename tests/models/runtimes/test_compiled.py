@@ -42,7 +42,7 @@ def test_every_function_compiled_answers_as_eager_does(forecasters, compiled_fun
             calls = calls_of(forecaster, make_request, rows, 100, horizon, samples)
             parity = compare(calls, functions, forecaster.decoder.examples(0))
             assert max(parity.errors.values()) <= 1e-5
-            assert parity.equal_tokens > 0.999
+            assert parity.equal_tokens is None or parity.equal_tokens > 0.999
         assert is_batch_invariant(forecaster.executed_by(functions))
 
 

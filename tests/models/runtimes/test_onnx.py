@@ -32,7 +32,7 @@ def test_every_function_as_a_file_answers_as_eager_does(forecasters, onnx_functi
         items = [make_request(90 - i, horizon, seed=i, samples=6) for i in range(3)]
         parity = compare(record(forecaster, items), functions, forecaster.decoder.examples(0))
         assert max(parity.errors.values()) <= 1e-5
-        assert parity.equal_tokens > 0.999
+        assert parity.equal_tokens is None or parity.equal_tokens > 0.999
 
 
 def test_weights_in_8_bits_make_a_smaller_file_and_a_bounded_error(toto, onnx_file, onnx_functions, make_request):

@@ -15,6 +15,7 @@ from models.candles import DAY_MS, InvalidCandles, Millis, interval_ms
 HOUR_MS: Final = 3_600_000
 _WEEK_MS: Final = 7 * DAY_MS
 _MONDAY_MS: Final = 4 * DAY_MS  # 1970-01-05, the first Monday of the epoch
+_SATURDAY_NOON_MS: Final = _MONDAY_MS + 5 * DAY_MS + 12 * HOUR_MS  # inside every weekend, wherever it begins
 _SEARCHED: Final = 4096  # auto looks at this many of the newest candles
 
 
@@ -56,8 +57,8 @@ def get_calendar(name: str) -> Calendar:
 
 def infer_calendar(timestamps: Millis, interval: str) -> str:
     """The calendar that explains the candles: `24/7` if any opens on a Saturday or they
-    last longer than a day, else New York's if all of them are its slots, else `24/5` if a weekend passed without
-    candles, else `24/7`."""
+    last longer than a day, else New York's if all of them are its slots, else `24/5` if a weekend passed between
+    them and none opens in one, else `24/7`."""
     recent = timestamps[-_SEARCHED:]
     weekdays = (recent - _MONDAY_MS) // DAY_MS % 7
     if (weekdays == 5).any() or interval_ms(interval) > DAY_MS:
@@ -67,8 +68,12 @@ def infer_calendar(timestamps: Millis, interval: str) -> str:
         return "XNYS"
     except InvalidCandles:
         pass
-    weeks = (recent - _MONDAY_MS) // _WEEK_MS
-    return "24/5" if weeks[-1] > weeks[0] else "24/7"
+    weeks = (recent - _SATURDAY_NOON_MS) // _WEEK_MS
+    try:
+        get_calendar("24/5").check(recent, interval)
+        return "24/5" if weeks[-1] > weeks[0] else "24/7"
+    except InvalidCandles:  # a Sunday before trading begins
+        return "24/7"
 
 
 def calendar_features(local: Millis) -> NDArray[np.int64]:

@@ -44,5 +44,5 @@ def _load(decoder: Decoder, name: str, package: bytes) -> Function:
     wanted = runner.get_constant_fqns()
     own = {f"decoder.{key}": tensor.detach() for key, tensor in decoder.state_dict(keep_vars=True).items()}
     runner.load_constants({key: own[key] for key in wanted}, check_full_update=True, user_managed=True)
-    # Strides are compiled in: they are those of contiguous tensors.
+    # Strides are compiled in: those of `Flat.example`.
     return rebuilt(decoder, name, lambda tensors: runner(*(tensor.contiguous() for tensor in tensors)))

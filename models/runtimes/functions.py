@@ -67,7 +67,8 @@ class Flat(nn.Module):
         self.decoder = decoder
         self._name = name
         self._structure = _pytree.tree_structure(list(large))
-        self.example = flattened(large)
+        # A compiler takes over the strides too, and runtimes are called with contiguous tensors.
+        self.example = tuple(tensor.contiguous() for tensor in flattened(large))
         self.changing = [
             [axis for axis in range(a.ndim) if a.shape[axis] != b.shape[axis]]
             for a, b in zip(flattened(small), self.example, strict=True)

@@ -229,8 +229,10 @@ class TotoDecoder(nn.Module):
 
         `uniforms` `[B, V, S, 64, 2]` in [0, 1): as the reference does, the steps of a patch are drawn independently.
         """
-        mixture = Mixture(*(parameter.double() for parameter in TotoNetwork.mixture(ahead.outputs)))
-        drawn = draw_from(mixture, uniforms)
+        # ONNX Runtime has no softplus in double; shares of components need double: a small one magnifies their errors.
+        df, loc, scale, _ = (parameter.double() for parameter in TotoNetwork.mixture(ahead.outputs))
+        logits = ahead.outputs.chunk(4, dim=-1)[-1].double()
+        drawn = draw_from(Mixture(df, loc, scale, logits.log_softmax(-1)), uniforms)
         return Patch((drawn * ahead.scale.unsqueeze(-1) + ahead.loc.unsqueeze(-1)).float())
 
     def step(self, patch: Patch, reached: Statistics, prefix: Prefix, cache: Cache, index: Tensor) -> Stepped:

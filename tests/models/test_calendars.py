@@ -324,6 +324,19 @@ def test_auto_knows_fx_stocks_and_coins_apart(eurusd: Millis, goog: Millis) -> N
     assert infer_calendar(at("2024-03-05 00:00") + HOUR_MS * np.arange(20), "1h") == "24/7"
 
 
+@pytest.mark.parametrize("first", ["2024-03-09 11:00", "2024-03-10 01:00", "2024-03-10 20:00", "2024-03-11 00:00"])
+@pytest.mark.parametrize("hours", [2, 40, 90])
+def test_auto_finds_a_calendar_that_hourly_coins_fit_whenever_they_begin(first: str, hours: int) -> None:
+    candles = at(first) + HOUR_MS * np.arange(hours)
+    assert infer_calendar(candles, "1h") == "24/7"
+    get_calendar("24/7").check(candles, "1h")
+
+
+def test_auto_sees_a_weekend_pass_between_two_candles() -> None:
+    assert infer_calendar(at("2024-03-08 20:00", "2024-03-10 22:00"), "1h") == "24/5"
+    assert infer_calendar(at("2024-03-10 22:00", "2024-03-11 00:00"), "1h") == "24/7"
+
+
 def test_auto_takes_weekly_candles_of_any_market_for_plain_weeks() -> None:
     assert infer_calendar(at("2024-03-04") + 7 * DAY_MS * np.arange(30), "1w") == "24/7"
 

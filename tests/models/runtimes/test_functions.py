@@ -54,6 +54,10 @@ def test_every_function_is_traced_once_for_every_shape(forecasters, family, name
         torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
 
 
+def test_examples_lie_in_memory_as_arguments_will(forecasters, family, name):
+    assert all(tensor.is_contiguous() for tensor in Flat(forecasters[family].decoder, name).example)
+
+
 def test_a_branch_on_data_is_not_traced():
     with pytest.raises(Exception, match="data-dependent"):
         Flat(Small(lambda x: x if x.sum() > 0 else -x), "answer").exported()

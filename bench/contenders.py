@@ -7,6 +7,7 @@ from typing import Final
 import click
 import torch
 
+from bench.facts import cpu_flags
 from model_store.artefacts import find_artefacts, machine_key, read_artefact
 from model_store.store import ModelStore
 from models.families import build_forecaster
@@ -18,12 +19,15 @@ from training import candle_files
 from training.export import ExportRefused, export
 from training.sample_data import write_samples
 
-# What is exported before anything is measured, by family: what wins on some machine, no more.
-EXPORTED: Final[Mapping[str, Sequence[str]]] = {
-    "kronos": ("eager-bfloat16", "compiled-bfloat16"),
-    "toto": ("eager-bfloat16",),
-}
 _WINDOWS: Final = 28
+
+
+def worth_exporting(device: str) -> Mapping[str, Sequence[str]]:
+    """What is exported before anything is measured, by family: what wins on a machine like this one, no more."""
+    bfloat16 = torch.device(device).type == "cuda" or {"avx512_bf16", "amx_bf16"} & set(cpu_flags())
+    if bfloat16:
+        return {"kronos": ("compiled-int8", "compiled-bfloat16"), "toto": ("eager-bfloat16",)}
+    return {"kronos": ("compiled-int8", "compiled-float32"), "toto": ()}
 
 
 def export_all(store: ModelStore, reference: str, labels: Sequence[str], home: Path, device: str) -> None:
@@ -54,8 +58,10 @@ def contenders(store: ModelStore, reference: str, home: Path, device: str) -> di
         functions = kind.load(eager.decoder, files, torch.get_num_threads())
         found[label] = eager.executed_by(functions, fours=kind.fours)
     if torch.device(device).type == "cuda":
-        for dtype in [label.partition("-")[2] for label in found if label.startswith("eager-")]:
-            kind = KINDS[f"cuda_graph-{dtype}"]
+        for label in [label.replace("eager-", "cuda_graph-") for label in found if label.startswith("eager-")]:
+            if label not in KINDS:
+                continue
+            kind = KINDS[label]
             graphs = kind.load(eager.decoder, {}, torch.get_num_threads())
             assert isinstance(graphs, CudaGraphs)
             graphs.capturing = True  # every side is warmed up before it is timed

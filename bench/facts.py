@@ -16,13 +16,12 @@ _CPU_FLAGS: Final = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 def machine_facts(device: str) -> dict[str, Any]:
     """Processor, memory, versions, threads, GPU, code revision, date."""
-    cpu = _cpu()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "revision": _revision(),
         "device": device,
-        "cpu": cpu["model name"],
-        "cpu_flags": [flag for flag in _CPU_FLAGS if flag in cpu["flags"].split()],
+        "cpu": _cpu()["model name"],
+        "cpu_flags": cpu_flags(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
@@ -46,6 +45,12 @@ def header(facts: dict[str, Any]) -> str:
             f"Python {facts['python']}, torch {facts['torch']}, {versions}",
         ]
     )
+
+
+def cpu_flags() -> list[str]:
+    """The instruction sets that matter here, of those the processor has."""
+    found = _cpu()["flags"].split()
+    return [flag for flag in _CPU_FLAGS if flag in found]
 
 
 def _cpu() -> dict[str, str]:

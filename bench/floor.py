@@ -1,8 +1,12 @@
-"""The floor: the same matrix products in the same dtype and nothing else, over operands as large as the real ones."""
+"""The floor: the same matrix products in the same dtype and nothing else, over operands as large as the real ones.
+
+Where a stage is repeated, its weights lie as they do in the engine's fastest runtime: in oneDNN's own layout, or in 8
+bits. The engine cannot look fast beside a floor that multiplies slowly.
+"""
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -14,7 +18,7 @@ from bench.timing import Work
 from bench.workbench import Workbench
 from models.forecaster import Forecaster, ForecastInput, forecast
 
-_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 _REACH: Final = 1.5
 
 
@@ -49,7 +53,7 @@ def _row(
     fastest = min(sides, key=found.median)
     runtime, dtype = fastest.split()
     ratio = found.ratio(fastest, dtype)
-    read = sum(stage.operand_elements for stage in wanted) * _DTYPES[dtype].itemsize
+    read = sum(_bytes_read(stage, _DTYPES[dtype]) for stage in wanted)
     flops = sum(stage.flops for stage in wanted)
     detail = {
         "runtime": runtime,
@@ -66,29 +70,62 @@ def _row(
 
 
 def floor_work(stages: Sequence[Stage], dtype: torch.dtype, device: str) -> Work:
-    """Something to time: every product back to back, outputs allocated beforehand; one graph on CUDA."""
-    calls = [(stage.repeats, [call for p in stage.products for call in _calls(p, dtype, device)]) for stage in stages]
+    """Something to time: every product back to back; one graph on CUDA."""
+    calls = [
+        (stage.repeats, [call for p in stage.products for call in _calls(p, dtype, device, stage.repeats > 1)])
+        for stage in stages
+    ]
 
     @torch.inference_mode()
     def work() -> None:
         for repeats, sequence in calls:
             for _ in range(repeats):
-                for multiply, left, right, out in sequence:
-                    multiply(left, right, out=out)
+                for call in sequence:
+                    call()
 
     return _captured(work) if torch.device(device).type == "cuda" else work
 
 
-def _calls(product: Product, dtype: torch.dtype, device: str) -> list[tuple[Any, Tensor, Tensor, Tensor]]:
+def _calls(product: Product, dtype: torch.dtype, device: str, repeated: bool) -> list[Work]:
     """The calls of one product, each with a right-hand side of its own, laid out as networks lay out weights."""
-    batch = (product.batch,) if product.batch > 1 else ()
-    left = torch.randn(*batch, product.rows, product.inner, device=device).to(dtype)
-    out = torch.empty(*batch, product.rows, product.columns, device=device, dtype=dtype)
-    multiply = torch.bmm if batch else torch.mm
-    return [
-        (multiply, left, torch.randn(*batch, product.columns, product.inner, device=device).to(dtype).mT, out)
+    is_weight = product.batch == 1
+    plain = torch.float32 if dtype == torch.int8 else dtype
+    left = torch.randn(product.batch, product.rows, product.inner, device=device).to(plain)
+    rights = [
+        torch.randn(product.batch, product.columns, product.inner, device=device).to(plain)
         for _ in range(product.count)
     ]
+    if is_weight and repeated and dtype == torch.int8:
+        rows, scale = left[0].bfloat16(), torch.ones(product.columns, device=device, dtype=torch.bfloat16)
+        multiply = torch.ops.aten._weight_int8pack_mm
+        return [partial(multiply, rows, right[0].to(torch.int8), scale) for right in rights]
+    if is_weight and repeated and (packed := _packed(left[0], [right[0] for right in rights])):
+        return packed
+    out = torch.empty(product.batch, product.rows, product.columns, device=device, dtype=plain)
+    if is_weight:
+        return [partial(torch.mm, left[0], right[0].mT, out=out[0]) for right in rights]
+    return [partial(torch.bmm, left, right.mT, out=out) for right in rights]
+
+
+def _packed(left: Tensor, rights: Sequence[Tensor]) -> list[Work]:
+    """Products by oneDNN over weights in its own layout; none where it does not know the device or the dtype."""
+    try:
+        laid_out = [torch.ops.mkldnn._reorder_linear_weight(right, len(left)) for right in rights]
+        multiply = torch.ops.mkldnn._linear_pointwise
+        calls: list[Work] = [partial(multiply, left, right, None, "none", [], "") for right in laid_out]
+        calls[0]()
+    except (RuntimeError, NotImplementedError):
+        return []
+    return calls
+
+
+def _bytes_read(stage: Stage, dtype: torch.dtype) -> int:
+    """Of weights, keys and values; in int8 only the weights of repeated stages are small."""
+    if dtype != torch.int8:
+        return stage.operand_elements * dtype.itemsize
+    weights = stage.repeats * sum(product.operand_elements for product in stage.products if product.batch == 1)
+    small = weights if stage.repeats > 1 else 0
+    return small + (stage.operand_elements - small) * torch.float32.itemsize
 
 
 def _captured(work: Work) -> Work:

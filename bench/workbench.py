@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any
 
-from bench.contenders import EXPORTED, contenders, export_all
+from bench.contenders import contenders, export_all, worth_exporting
 from bench.published import KRONOS, TOTO_BASE, toto_config
 from bench.references import KronosReference, TotoReference
 from bench.service import Service, put_version, start_service
@@ -28,7 +28,7 @@ class Workbench:
     pace: float = 1.0
     kronos_config: Mapping[str, Any] = field(default_factory=lambda: KRONOS["small"])
     toto_network: Mapping[str, Any] = field(default_factory=lambda: TOTO_BASE)
-    exported: Mapping[str, Sequence[str]] = field(default_factory=lambda: EXPORTED)
+    exported: Mapping[str, Sequence[str]] | None = None  # by default what is worth it on this machine
     _stack: ExitStack = field(default_factory=ExitStack)
 
     def __enter__(self) -> "Workbench":
@@ -88,8 +88,9 @@ class Workbench:
         toto = toto_config(dict(self.toto_network))
         put_version(store, TOTO, "toto", toto, self.toto_reference.weights)
         put_version(store, KRONOS_SMALL, "kronos", self.kronos_config, self.kronos_reference.weights)
+        labels = worth_exporting(self.device) if self.exported is None else self.exported
         for name, family in ((TOTO, "toto"), (KRONOS_SMALL, "kronos")):
-            export_all(store, name, self.exported.get(family, ()), self.home, self.device)
+            export_all(store, name, labels.get(family, ()), self.home, self.device)
         return store
 
     @cached_property

@@ -1,4 +1,4 @@
-"""What both networks share: RMSNorm, rotary embedding, SwiGLU, attention of paths, strict loading of weights."""
+"""What both networks share: products, RMSNorm, rotary embedding, SwiGLU, attention of paths, strict loading."""
 
 from collections.abc import Mapping, Sequence
 
@@ -22,6 +22,53 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Product(nn.Linear):
+    """A linear layer that multiplies in the precision of its weight."""
+
+    @classmethod
+    def of(cls, *layers: nn.Linear) -> "Product":
+        """One layer with the outputs of all `layers`, which share their input; a single one shares its tensors."""
+        outputs, biased = sum(layer.out_features for layer in layers), layers[0].bias is not None
+        with torch.device("meta"):
+            found = cls(layers[0].in_features, outputs, bias=biased)
+        found.weight = _joined([layer.weight for layer in layers])
+        if biased:
+            found.bias = _joined([layer.bias for layer in layers])
+        return found
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+def _joined(tensors: list[Tensor]) -> nn.Parameter:
+    return nn.Parameter(tensors[0] if len(tensors) == 1 else torch.cat(tensors).detach(), requires_grad=False)
+
+
+class Int8Product(nn.Module):
+    """A Product that reads its weight in 8 bits, one scale per output: for few rows, which wait for the reading.
+
+    Takes and gives float32. Rows are rounded to bfloat16 and no further: a scale taken from them would couple them.
+    """
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, product: Product) -> None:
+        super().__init__()
+        weight = product.weight.detach()
+        scale = (weight.abs().amax(-1) / 127).clamp_min(1e-30).bfloat16()
+        rounded = (weight / scale.float().unsqueeze(-1)).round().clamp(-127, 127)
+        self.register_buffer("weight", rounded.to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.bias = product.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2).bfloat16()
+        found = torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scale).float()
+        out: Tensor = (found if self.bias is None else found + self.bias).view(*x.shape[:-1], -1)
+        return out
 
 
 def swiglu(gate: Tensor, value: Tensor) -> Tensor:

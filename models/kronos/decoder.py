@@ -18,7 +18,7 @@ from models.kronos.network import DEPENDENCY_HEADS, TIME_FIELDS, Block, KronosPr
 from models.kronos.quantizer import pack_bits
 from models.kronos.sampling import sample
 from models.kronos.tokenizer import KronosTokenizer, code_of
-from models.layers import branched_attention, merge_heads, split_heads, swiglu
+from models.layers import Int8Product, Product, branched_attention, merge_heads, split_heads, swiglu
 
 
 class Tokens(NamedTuple):
@@ -108,30 +108,25 @@ class Candles(NamedTuple):
 class FusedBlock(nn.Module):
     """A Block with one matrix for queries, keys, values and one for both halves of the feed-forward."""
 
-    qkv: Tensor
-    qkv_bias: Tensor
-    gate_value: Tensor
-
     def __init__(self, block: Block) -> None:
         super().__init__()
         attention, ffn = block.self_attn, block.ffn
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         self.heads = attention.heads
-        self.register_buffer("qkv", torch.cat([p.weight for p in projections]).detach())
-        self.register_buffer("qkv_bias", torch.cat([p.bias for p in projections]).detach())
-        self.register_buffer("gate_value", torch.cat([ffn.w1.weight, ffn.w3.weight]).detach())
-        self.norm1, self.norm2, self.out, self.down = block.norm1, block.norm2, attention.out_proj, ffn.w2
+        self.norm1, self.norm2 = block.norm1, block.norm2
+        self.qkv = Product.of(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.out = Product.of(attention.out_proj)
+        self.gate_value, self.down = Product.of(ffn.w1, ffn.w3), Product.of(ffn.w2)
 
     def project(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values, of `x` `[..., T, D]`: `[..., N, T, W]` each."""
-        q, k, v = F.linear(self.norm1(x).to(self.qkv.dtype), self.qkv, self.qkv_bias).chunk(3, dim=-1)
+        q, k, v = self.qkv(self.norm1(x)).chunk(3, dim=-1)
         q, k = (rotary(split_heads(part, self.heads)).to(v.dtype) for part in (q, k))
         return q, k, split_heads(v, self.heads)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """The rest of the block after attention `[..., N, T, W]`."""
         x = x + self.out(merge_heads(attended))
-        gate, value = F.linear(self.norm2(x).to(self.gate_value.dtype), self.gate_value).chunk(2, dim=-1)
+        gate, value = self.gate_value(self.norm2(x)).chunk(2, dim=-1)
         out: Tensor = x + self.down(swiglu(gate, value))
         return out
 
@@ -142,17 +137,19 @@ class FusedBlock(nn.Module):
 
 
 class KronosDecoder(nn.Module):
-    """Both networks of a Kronos version, ready to serve. `pad` `[B]` counts padding candles on the left."""
+    """Both networks of a Kronos version, ready to serve. `pad` `[B]` counts padding candles on the left.
+
+    `path_blocks` and `path_dependency` are the predictor's blocks and dependency layer as steps see them.
+    """
 
     functions: tuple[str, ...] = ("tokenize", "prefill", "step", "detokenize")
+    repeated: tuple[str, ...] = ("step",)
 
     coarse_order: Tensor
     fine_order: Tensor
     coarse_table: Tensor
     fine_table: Tensor
     query_table: Tensor
-    dependency: Tensor
-    dependency_bias: Tensor
 
     def __init__(self, tokenizer: KronosTokenizer, predictor: KronosPredictor) -> None:
         super().__init__()
@@ -160,11 +157,12 @@ class KronosDecoder(nn.Module):
         self.tokens = tokenizer.config
         self.width, self.heads = config.d_model, config.n_heads
         self.embed, self.quantise = tokenizer.embed, tokenizer.quant_embed
-        self.expand, self.reconstruct = tokenizer.post_quant_embed, tokenizer.head
+        self.expand, self.reconstruct = Product.of(tokenizer.post_quant_embed), tokenizer.head
         self.encoder, self.decoder = _fused(tokenizer.encoder), _fused(tokenizer.decoder)
-        self.blocks = _fused(predictor.transformer)
+        self.blocks = self.path_blocks = _fused(predictor.transformer)
         self.norm, self.time_emb = predictor.norm, predictor.time_emb
-        self.dependency_norm, self.dependency_out = predictor.dep_layer.norm, dependency.out_proj
+        self.dependency = self.path_dependency = Product.of(dependency.k_proj, dependency.v_proj)
+        self.dependency_norm, self.dependency_out = predictor.dep_layer.norm, Product.of(dependency.out_proj)
         for name, order in zip(("coarse", "fine"), tokenizer.close_orders(), strict=True):
             self.register_buffer(f"{name}_order", order.to(predictor.head.proj_s1.weight.device))
         self.coarse_head = reordered(predictor.head.proj_s1, self.coarse_order)
@@ -178,8 +176,6 @@ class KronosDecoder(nn.Module):
         self.register_buffer("coarse_table", coarse.float())
         self.register_buffer("fine_table", fine.float())
         self.register_buffer("query_table", queries)  # the dependency layer asks with the coarse token alone
-        self.register_buffer("dependency", torch.cat([dependency.k_proj.weight, dependency.v_proj.weight]).detach())
-        self.register_buffer("dependency_bias", torch.cat([dependency.k_proj.bias, dependency.v_proj.bias]).detach())
 
     @property
     def device(self) -> torch.device:
@@ -217,19 +213,21 @@ class KronosDecoder(nn.Module):
         """A copy whose matrices over drawn candles are of `dtype`.
 
         Norms, tables and the sum that runs through the layers stay in float32, and so does the tokenizer's
-        encoder: a context has the same tokens at any precision.
+        encoder: a context has the same tokens at any precision. In int8 only what a step reads for a few rows is
+        smaller; all else is shared.
         """
-        copied = copy.deepcopy(self)
-        for part in (copied.expand, copied.coarse_head, copied.fine_head, copied.dependency_out):
-            part.to(dtype)
-        for block in [*_each(copied.blocks), *_each(copied.decoder)]:
-            for part in (block.out, block.down):
-                part.to(dtype)
-            block.qkv, block.qkv_bias, block.gate_value = (
-                tensor.to(dtype) for tensor in (block.qkv, block.qkv_bias, block.gate_value)
-            )
-        for name in ("dependency", "dependency_bias", "query_table"):
-            setattr(copied, name, getattr(copied, name).to(dtype))
+        copied = copy.copy(self)
+        copied._modules, copied._buffers = dict(self._modules), dict(self._buffers)
+        if dtype == torch.int8:
+            copied.path_blocks = nn.ModuleList(_in_int8(block) for block in _each(self.blocks))
+            copied.path_dependency = cast(Product, Int8Product(self.dependency))
+            for name in ("coarse_head", "fine_head", "dependency_out"):
+                setattr(copied, name, Int8Product(getattr(self, name)))
+            return copied
+        for name in ("blocks", "decoder", "dependency", "dependency_out", "expand", "coarse_head", "fine_head"):
+            setattr(copied, name, _products_to(copy.deepcopy(getattr(self, name)), dtype))
+        copied.path_blocks, copied.path_dependency = copied.blocks, copied.dependency
+        copied.query_table = self.query_table.to(dtype)
         return copied
 
     # -- the four functions ----------------------------------------------------------------------
@@ -255,7 +253,7 @@ class KronosDecoder(nn.Module):
             values.append(v)
         hidden = self.norm(x)
         return Prefilled(
-            torch.stack(keys), torch.stack(values), *self._dependency(hidden), _padding(T, pad), hidden[:, -1]
+            torch.stack(keys), torch.stack(values), *_halves(self.dependency(hidden)), _padding(T, pad), hidden[:, -1]
         )
 
     def step(
@@ -275,7 +273,7 @@ class KronosDecoder(nn.Module):
         `position` `[B]` and `stamps` `[B, 5]` are those of the drawn candle; `uniforms` `[B, S, 2]`.
         """
         empty = torch.where(torch.arange(cache.keys.shape[-2], device=hidden.device) < index, 0.0, -torch.inf)
-        coarse_logits = self.coarse_head(hidden.to(self.dependency.dtype)).float()
+        coarse_logits = self.coarse_head(hidden).float()
         coarse = self.coarse_order[sample(coarse_logits, uniforms[..., 0], *controls)]
         asked = split_heads(F.embedding(coarse, self.query_table).unsqueeze(2), DEPENDENCY_HEADS)
         found = branched_attention(
@@ -284,13 +282,13 @@ class KronosDecoder(nn.Module):
             [(cache.dependency_keys, cache.dependency_values, empty)],
         )
         conditioned = self.dependency_norm(hidden + self.dependency_out(merge_heads(found).squeeze(2)))
-        fine_logits = self.fine_head(conditioned.to(self.dependency.dtype)).float()
+        fine_logits = self.fine_head(conditioned).float()
         fine = self.fine_order[sample(fine_logits, uniforms[..., 1], *controls)]
 
         x = self._embed(Tokens(coarse, fine), self.time_emb(stamps).unsqueeze(1)).unsqueeze(2)
         rotary = _path_rotary(position.unsqueeze(-1), self.width // self.heads)
         keys, values = [], []
-        for layer, block in enumerate(_each(self.blocks)):
+        for layer, block in enumerate(_each(self.path_blocks)):
             q, k, v = block.project(x, rotary)  # [B, S, N, 1, W]
             own = [(cache.keys[layer], cache.values[layer], empty), (k, v, None)]
             attended = branched_attention(q, (prefix.keys[layer], prefix.values[layer], prefix.mask), own)
@@ -298,7 +296,7 @@ class KronosDecoder(nn.Module):
             keys.append(k)
             values.append(v)
         advanced = self.norm(x)
-        entries = (torch.stack(keys), torch.stack(values), *self._dependency(advanced))
+        entries = (torch.stack(keys), torch.stack(values), *_halves(self.path_dependency(advanced)))
         return Drawn(coarse, fine, advanced.squeeze(2), *entries, coarse_logits, fine_logits)
 
     def detokenize(self, context: Tokens, drawn: Tokens, pad: Tensor) -> Candles:
@@ -308,14 +306,13 @@ class KronosDecoder(nn.Module):
         """
         T, H = context.coarse.shape[1], drawn.coarse.shape[2]
         width = self.tokens.d_model // self.tokens.n_heads
-        shared, x = (self.expand(code_of(*part, self.tokens).to(self.dependency.dtype)) for part in (context, drawn))
+        shared, x = (self.expand(code_of(*part, self.tokens)).float() for part in (context, drawn))
         positions = _positions(T, pad)
         rotary, mask = Rotary(positions, width), _causal_mask(T, pad)
         path_rotary = _path_rotary(T - pad.unsqueeze(-1) + torch.arange(H, device=pad.device), width)
         order = torch.arange(H, device=pad.device)
         causal = torch.where(order <= order.unsqueeze(-1), 0.0, -torch.inf)
         padding = _padding(T, pad)
-        shared, x = shared.float(), x.float()
         for block in _each(self.decoder):
             q, k, v = block.project(x, path_rotary)  # [B, S, N, H, W]
             shared, prefix_k, prefix_v = block(shared, rotary, mask)
@@ -327,16 +324,34 @@ class KronosDecoder(nn.Module):
     def _embed(self, tokens: Tokens, stamps: Tensor) -> Tensor:
         return F.embedding(tokens.coarse, self.coarse_table) + F.embedding(tokens.fine, self.fine_table) + stamps
 
-    def _dependency(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the dependency layer, `[..., 4, T, D/4]`."""
-        both = F.linear(hidden.to(self.dependency.dtype), self.dependency, self.dependency_bias)
-        k, v = both.chunk(2, dim=-1)
-        return split_heads(k, DEPENDENCY_HEADS), split_heads(v, DEPENDENCY_HEADS)
+
+def _halves(both: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of the dependency layer, `[..., 4, T, D/4]`."""
+    k, v = both.chunk(2, dim=-1)
+    return split_heads(k, DEPENDENCY_HEADS), split_heads(v, DEPENDENCY_HEADS)
 
 
-def reordered(head: nn.Linear, order: Tensor) -> nn.Linear:
+def _products_to(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """`module` with the matrices of its products in `dtype`."""
+    for each in module.modules():
+        if isinstance(each, Product):
+            each.to(dtype)
+    return module
+
+
+def _in_int8(block: FusedBlock) -> FusedBlock:
+    """A copy that reads its matrices in 8 bits."""
+    copied = copy.copy(block)
+    copied._modules = dict(block._modules)
+    for name, part in block.named_children():
+        if isinstance(part, Product):
+            setattr(copied, name, Int8Product(part))
+    return copied
+
+
+def reordered(head: nn.Linear, order: Tensor) -> Product:
     """`head` with its outputs in `order`: a distribution function over them rises with the close."""
-    found = nn.Linear(head.in_features, head.out_features, device=head.weight.device)
+    found = Product(head.in_features, head.out_features, device=head.weight.device)
     with torch.no_grad():
         found.weight.copy_(head.weight[order])
         found.bias.copy_(head.bias[order])

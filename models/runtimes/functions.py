@@ -17,9 +17,13 @@ Functions = Mapping[str, Function]
 
 
 class Decoder(Protocol):
-    """A network ready to serve. It is a module; `functions` names its methods that runtimes execute."""
+    """A network ready to serve. It is a module; `functions` names its methods that runtimes execute.
+
+    `repeated` are those that a forecast calls many times for a few rows.
+    """
 
     functions: tuple[str, ...]
+    repeated: tuple[str, ...]
 
     @property
     def device(self) -> torch.device: ...

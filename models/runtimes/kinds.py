@@ -12,7 +12,7 @@ from models.runtimes.cuda_graph import CudaGraphs
 from models.runtimes.functions import Decoder, Functions, functions_of
 
 Files = Mapping[str, bytes]
-DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 FP32_EAGER: Final = "eager-float32"
 
 
@@ -31,7 +31,7 @@ class Kind:
     @property
     def fours(self) -> bool:
         """Whether products need a multiple of 4 rows to give a row the same bits at any count."""
-        return self.dtype != "bfloat16"
+        return self.dtype == "float32" or self.runtime == "onnx"
 
     def build(self, decoder: Decoder) -> dict[str, bytes]:
         """The files of the artefact, by name; minutes, for a compiled one."""
@@ -53,8 +53,8 @@ class Kind:
         return onnx.load_functions(served, parts, decoder.device, threads)
 
     def served(self, decoder: Decoder) -> Decoder:
-        """What is executed: `decoder`, or a copy of it in reduced precision."""
-        return decoder if self.dtype in ("float32", "int8") else decoder.reduced(DTYPES[self.dtype])
+        """What is executed: `decoder`, or a copy of it in reduced precision. ONNX files are reduced by themselves."""
+        return decoder if self.dtype == "float32" or self.runtime == "onnx" else decoder.reduced(DTYPES[self.dtype])
 
     def _built(self, decoder: Decoder, name: str) -> bytes:
         if self.runtime == "compiled":
@@ -70,8 +70,10 @@ KINDS: Final = {
     for kind in (
         Kind("eager", "float32"),
         Kind("eager", "bfloat16"),
+        Kind("eager", "int8"),
         Kind("compiled", "float32", native=True),
         Kind("compiled", "bfloat16", native=True),
+        Kind("compiled", "int8", native=True),
         Kind("onnx", "float32"),
         Kind("onnx", "int8"),
         Kind("cuda_graph", "float32"),

@@ -186,6 +186,7 @@ class TotoDecoder(nn.Module):
     """
 
     functions: tuple[str, ...] = ("forward", "prefill", "draw", "step")
+    repeated: tuple[str, ...] = ("step",)
 
     head: Tensor
     head_bias: Tensor
@@ -282,7 +283,9 @@ class TotoDecoder(nn.Module):
         return {"forward": context, "prefill": context, "draw": (apart, uniforms), "step": step}
 
     def reduced(self, dtype: torch.dtype) -> "TotoDecoder":
-        """A copy whose weights are of `dtype`."""
+        """A copy whose weights are of `dtype`; ValueError for int8."""
+        if dtype == torch.int8:
+            raise ValueError("Toto reads its weights once per pass: int8 gains nothing, use bfloat16")
         return copy.deepcopy(self).to(dtype)
 
     @property

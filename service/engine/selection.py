@@ -20,7 +20,7 @@ from models.forecaster import Forecaster, pad_rows
 from models.probes import is_batch_invariant, probe
 from models.runtimes.cuda_graph import CudaGraphs
 from models.runtimes.functions import Executable
-from models.runtimes.kinds import DTYPES, FP32_EAGER, KINDS, platform_name
+from models.runtimes.kinds import FP32_EAGER, KINDS, platform_name
 
 _log = logging.getLogger(__name__)
 
@@ -133,7 +133,8 @@ class Selection:
         """Labels beside the eager float32 one: artefacts, and on a GPU graphs over what runs eagerly."""
         labels = list(self._artefacts(manifest))
         if self._device.type == "cuda":
-            labels += [f"cuda_graph-{dtype}" for dtype in DTYPES if f"eager-{dtype}" in (*labels, FP32_EAGER)]
+            graphs = [label for label in KINDS if label.startswith("cuda_graph-")]
+            labels += [label for label in graphs if label.replace("cuda_graph", "eager") in (*labels, FP32_EAGER)]
         return labels
 
     def _artefacts(self, manifest: Manifest) -> dict[str, Artefact]:

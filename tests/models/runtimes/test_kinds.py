@@ -60,12 +60,31 @@ def test_bfloat16_forecasts_have_the_same_bits_alone_and_in_a_batch(pair, make_r
     assert is_batch_invariant(reduced)
 
 
-def test_bfloat16_leaves_the_float32_decoder_as_it_is(toto):
-    before = {name: tensor.clone() for name, tensor in toto.decoder.state_dict().items()}
-    BF16.load(toto.decoder, {}, 1)
-    for name, tensor in toto.decoder.state_dict().items():
+@pytest.mark.parametrize(("family", "dtype"), [("toto", "bfloat16"), ("kronos", "bfloat16"), ("kronos", "int8")])
+def test_reduced_precision_leaves_the_float32_decoder_as_it_is(forecasters, family, dtype):
+    decoder = forecasters[family].decoder
+    before = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
+    KINDS[f"eager-{dtype}"].load(decoder, {}, 1)
+    for name, tensor in decoder.state_dict().items():
         assert tensor.dtype == before[name].dtype
         assert torch.equal(tensor, before[name])
+
+
+def test_steps_in_8_bits_start_from_the_context_of_float32(kronos, make_request):
+    """A context is read once and loses nothing; drawn candles are close."""
+    kind = KINDS["eager-int8"]
+    reduced = kronos.executed_by(kind.load(kronos.decoder, {}, 1), fours=kind.fours)
+    items = [make_request(60 - i, 10, seed=i, samples=4) for i in range(3)]
+    parity = compare(record(kronos, items), reduced.functions, kind.served(kronos.decoder).examples(0))
+    assert parity.errors["tokenize"] == parity.errors["prefill"] == parity.errors["detokenize"] == 0
+    assert 1e-5 < parity.errors["step"] < 0.05
+    assert parity.equal_tokens > 0.95
+    assert is_batch_invariant(reduced)
+
+
+def test_toto_says_that_8_bits_gain_nothing(toto):
+    with pytest.raises(ValueError, match="int8 gains nothing"):
+        KINDS["eager-int8"].load(toto.decoder, {}, 1)
 
 
 def test_a_row_that_its_company_changes_fails_the_test_of_batch_invariance(toto):
@@ -82,11 +101,13 @@ def test_a_row_that_its_company_changes_fails_the_test_of_batch_invariance(toto)
 
 def test_labels_say_runtime_and_dtype():
     assert all(kind.label == label == f"{kind.runtime}-{kind.dtype}" for label, kind in KINDS.items())
-    assert {label for label, kind in KINDS.items() if kind.native} == {"compiled-float32", "compiled-bfloat16"}
+    assert {label for label, kind in KINDS.items() if kind.native} == {
+        label for label in KINDS if label.startswith("compiled-")
+    }
 
 
 def test_runtimes_that_need_no_files_build_none(toto):
-    for label in ("eager-bfloat16", "cuda_graph-float32", "cuda_graph-bfloat16"):
+    for label in ("eager-bfloat16", "eager-int8", "cuda_graph-float32", "cuda_graph-bfloat16"):
         assert KINDS[label].build(toto.decoder) == {}
 
 

@@ -45,7 +45,7 @@ class Kept:
 
 def forecast_key(model: LoadedModel, item: ForecastInput, *facts: object) -> bytes:
     """A digest of all that a forecast depends on; `facts` are those that `item` does not hold."""
-    digest = hashlib.blake2b(digest_size=32)
+    digest = hashlib.sha256()  # processors have instructions for it
     values = [getattr(item, field.name) for field in fields(item)]
     arrays = [np.ascontiguousarray(value) for value in values if isinstance(value, np.ndarray)]
     rest = [value for value in values if not isinstance(value, np.ndarray)]

@@ -42,7 +42,7 @@ def create_app(settings: Settings, *, build: Build | None = None, now: Clock = w
     )
     app.state.services = services
     for module in (forecast, candles, models, health):
-        app.include_router(module.router)
+        app.router.routes.extend(module.router.routes)  # included, they would be looked for twice in every request
     errors.install(app)
     app.add_middleware(SymbolPaths)
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)

@@ -83,6 +83,7 @@ def _server(app: object, settings: Settings, lifespan: str) -> _Server:
         log_level="warning",
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # nothing here asks who called
         timeout_graceful_shutdown=settings.shutdown_seconds,
     )
     return _Server(config)

@@ -2,17 +2,18 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from fastapi import Request, Response
+from fastapi import Response
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from service.api.answers import Asked, Found, whole_answer
-from service.api.schemas import TimingsMs
-from service.api.wire import StrictRequest
+from service.api.schemas import ForecastRequest, TimingsMs
+from service.api.wire import StrictRequest, read_body
 from service.engine.batcher import DeadlineExceeded
 from service.engine.cache import Kept
 from service.engine.repeats import Facts, Repeat, StoredAs, request_digest
@@ -20,25 +21,35 @@ from service.services import Services
 
 
 class AdmittedRoute(APIRoute):
-    """Takes a permit before it reads a body, and the short cut where there is one."""
+    """Takes a permit before it reads a body, and the short cut where there is one.
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
+    FastAPI finds and describes the route and hands over there: what it does before an endpoint takes longer than what
+    is left of a repeated request.
+    """
 
-        async def admitted(request: Request) -> Response:
-            services: Services = request.app.state.services
-            with services.door.permit():
-                strict = StrictRequest(request.scope, request.receive)
-                try:
-                    async with asyncio.timeout(services.settings.request_timeout_ms / 1000):
-                        await strict.body()  # kept; a caller who never ends sending it must not keep the permit
-                except TimeoutError:
-                    raise DeadlineExceeded from None
-                except ClientDisconnect:
-                    return Response(status_code=499)  # never read
-                return await _recalled(strict, services) or await handle(strict)
+    def __init__(self, path: str, endpoint: Callable[..., Any], **described: Any) -> None:
+        super().__init__(path, endpoint, **described)
+        self.app = self._serve
 
-        return admitted
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        services: Services = scope["app"].state.services
+        with services.door.permit():
+            response = await self._answered(StrictRequest(scope, receive), services)
+        await response(scope, receive, send)
+
+    async def _answered(self, request: StrictRequest, services: Services) -> Response:
+        try:
+            async with asyncio.timeout(services.settings.request_timeout_ms / 1000):
+                await request.body()  # kept; a caller who never ends sending it must not keep the permit
+        except TimeoutError:
+            raise DeadlineExceeded from None
+        except ClientDisconnect:
+            return Response(status_code=499)  # never read
+        if (recalled := await _recalled(request, services)) is not None:
+            return recalled
+        body = await read_body(request, ForecastRequest)
+        response: Response = await self.endpoint(request.path_params["symbol"], services, request, body)
+        return response
 
 
 async def _recalled(request: StrictRequest, parts: Services) -> Response | None:

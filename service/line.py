@@ -24,7 +24,7 @@ class Line:
     """One connection, made when it is first needed and again after it has failed; replies come in order."""
 
     def __init__(self, url: str) -> None:
-        pool = ConnectionPool.from_url(url, retry=Retry(NoBackoff(), 0))
+        pool = ConnectionPool.from_url(url, socket_timeout=None, retry=Retry(NoBackoff(), 0))
         self._connection: AbstractConnection = pool.make_connection()  # type: ignore[no-untyped-call]
         self._asked: dict[tuple[Command, ...], list[asyncio.Future[Sequence[Any]]]] = {}
         self._speaking: asyncio.Task[None] | None = None

@@ -26,7 +26,7 @@ _HEADER: Final = struct.Struct("<32sqi")
 _LARGEST_IN_REDIS: Final = 64 * 1024
 _LARGEST_SHARE: Final = 1 / 16  # of the memory, for one forecast
 _PAUSE_SECONDS: Final = 1.0  # without Redis after it failed
-_AFTER_SECONDS: Final = 0.002  # until a write begins, so that the answer goes first
+_AFTER_SECONDS: Final = 0.02  # until a write begins, so that the answer goes first, and the next request of its caller
 _MOST_WRITES: Final = 64  # under way at a time
 
 

@@ -20,7 +20,7 @@ from bench.workbench import KRONOS_SMALL, TOTO, Workbench
 from models.forecaster import Forecaster, forecast, pad_rows
 
 CANDLES: Final = 512
-# `batch` is the encoding of candles that has not been done while another batch ran; without a service `prepare` does it.
+# `batch` is the encoding of candles that was not done while another batch ran: without a service, `prepare` does it.
 _ENGINE: Final = ("batch", "prepare", "run", "finish")
 _IMPORTS: Final = "import candlecast, service.main"
 _MANY: Final = 64

@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 from fastapi import Response
@@ -40,24 +39,23 @@ class AdmittedRoute(APIRoute):
     async def _answered(self, request: StrictRequest, services: Services) -> Response:
         try:
             async with asyncio.timeout(services.settings.request_timeout_ms / 1000):
-                await request.body()  # kept; a caller who never ends sending it must not keep the permit
+                sent = await request.body()  # a caller who never ends sending it must not keep the permit
         except TimeoutError:
             raise DeadlineExceeded from None
         except ClientDisconnect:
             return Response(status_code=499)  # never read
-        if (recalled := await _recalled(request, services)) is not None:
+        symbol = request.path_params["symbol"]
+        digest = request_digest(symbol, request.headers.get("content-type", ""), sent)
+        if (recalled := await _recalled(digest, services)) is not None:
             return recalled
-        body = await read_body(request, ForecastRequest)
-        response: Response = await self.endpoint(request.path_params["symbol"], services, request, body)
+        request.state.digest = digest
+        response: Response = await self.endpoint(symbol, services, request, await read_body(request, ForecastRequest))
         return response
 
 
-async def _recalled(request: StrictRequest, parts: Services) -> Response | None:
+async def _recalled(digest: bytes, parts: Services) -> Response | None:
     """The answer to a request that was answered before, None where reading it could lead to another one."""
-    content_type = request.headers.get("content-type", "")
-    digest = request_digest(request.path_params["symbol"], content_type, await request.body())
     started, now = time.monotonic(), parts.now()
-    request.state.digest = digest
     repeat = parts.repeats.get(digest, now)
     if repeat is None or parts.degraded or parts.registry.at_hand(repeat.reference) is not repeat.model:
         return None
@@ -87,7 +85,7 @@ def answer(found: Found, facts: Facts, issued_at: int, started: float, parts: Se
     total = time.monotonic() - started
     parts.metrics.stage_seconds.labels(facts.model, "total").observe(total)
     parts.metrics.cache_requests.labels(found.cache).inc()
-    timings = {**asdict(found.stages), "total": 1e3 * total}
+    timings = {**vars(found.stages), "total": 1e3 * total}
     return Response(
         whole_answer(found, facts, issued_at, TimingsMs(**timings)),
         media_type="application/json",

@@ -11,7 +11,7 @@ import hashlib
 import struct
 import time
 from collections import OrderedDict
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -42,7 +42,7 @@ class Kept:
 def forecast_key(model: LoadedModel, item: ForecastInput, *facts: object) -> bytes:
     """A digest of all that a forecast depends on; `facts` are those that `item` does not hold."""
     digest = hashlib.sha256()  # processors have instructions for it
-    values = [getattr(item, field.name) for field in fields(item)]
+    values = vars(item).values()
     arrays = [np.ascontiguousarray(value) for value in values if isinstance(value, np.ndarray)]
     rest = [value for value in values if not isinstance(value, np.ndarray)]
     shapes = [(array.shape, array.dtype.str) for array in arrays]

@@ -131,7 +131,7 @@ class Cache:
         await asyncio.sleep(_AFTER_SECONDS)
         with contextlib.suppress(*REDIS_ERRORS):
             with self._metrics.redis_operation("cache_write"):
-                await self._state.line.ask(("SET", _slot(key), _pack(key, kept), "PX", milliseconds))
+                await self._state.redis.set(_slot(key), _pack(key, kept), px=milliseconds)
             return
         self._pause()
 

@@ -20,7 +20,8 @@ from bench.workbench import KRONOS_SMALL, TOTO, Workbench
 from models.forecaster import Forecaster, forecast, pad_rows
 
 CANDLES: Final = 512
-_ENGINE: Final = ("prepare", "run", "finish")
+# `batch` is the encoding of candles that was not done while another batch ran: without a service, `prepare` does it.
+_ENGINE: Final = ("batch", "prepare", "run", "finish")
 _IMPORTS: Final = "import candlecast, service.main"
 _MANY: Final = 64
 _LOAD: Final = 0.8
@@ -164,7 +165,7 @@ def start(bench: Workbench) -> list[Row]:
 
 
 def engine_ms(record: Mapping[str, Any]) -> float:
-    """What the forecaster's three stages took for the batch of this request."""
+    """What the forecaster took for the batch of this request."""
     timings = record["meta"]["timings_ms"]
     return float(sum(timings[stage] for stage in _ENGINE))
 

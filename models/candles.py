@@ -5,6 +5,7 @@ timestamps (the candle's open, UTC milliseconds since 1970).
 """
 
 import re
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -55,6 +56,7 @@ class TooFewCandles(InvalidCandles):
         self.got = got
 
 
+@lru_cache(maxsize=256)  # a request asks ten times
 def interval_ms(interval: str) -> int:
     """Length of an interval such as `5m`, `1h`, `1d` or `1w` in milliseconds; ValueError if it is none."""
     match = re.fullmatch(r"([1-9]\d{0,3})([mhdw])", interval)

@@ -41,8 +41,8 @@ def create_app(settings: Settings, *, build: Build | None = None, now: Clock = w
         redoc_url=None,
     )
     app.state.services = services
-    for module in (forecast, candles, models, health):
-        app.include_router(module.router)
+    # Included after the documentation's routes, they would be looked for twice in every request, and behind those.
+    app.router.routes[:0] = [route for module in (forecast, candles, models, health) for route in module.router.routes]
     errors.install(app)
     app.add_middleware(SymbolPaths)
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)

@@ -17,6 +17,7 @@ from service.settings import Settings
 from service.state import StateError
 
 _BACKLOG: Final = 2048
+_GARBAGE: Final = 50_000, 20, 50  # 512 candles are as many lists, and by the default one request meets two collections
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ async def _serve(
             while not all(server.started for server in servers) and not any(task.done() for task in tasks):
                 await asyncio.sleep(0.01)
             gc.freeze()  # a full collection would look through all of torch, in the middle of a request
+            gc.set_threshold(*_GARBAGE)
             on_ready(Listening(_url(callers), _url(admin)))
             await asyncio.gather(*tasks)
     except StateError as error:
@@ -83,6 +85,7 @@ def _server(app: object, settings: Settings, lifespan: str) -> _Server:
         log_level="warning",
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # nothing here asks who called
         timeout_graceful_shutdown=settings.shutdown_seconds,
     )
     return _Server(config)

@@ -17,6 +17,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import RedisError
 
+from service.line import Line
 from service.metrics import Metrics
 
 _log = logging.getLogger(__name__)
@@ -37,7 +38,9 @@ class State:
 
     def __init__(self, url: str | None, home: Path, metrics: Metrics) -> None:
         self._server = None if url else PrivateRedis(home / "redis")
-        self.redis = connect(url or f"unix://{home.resolve() / 'redis' / PrivateRedis.SOCKET}")
+        url = url or f"unix://{home.resolve() / 'redis' / PrivateRedis.SOCKET}"
+        self.redis = connect(url)
+        self.line = Line(url)
         self.up = False
         self._metrics = metrics
         self._watcher: asyncio.Task[None] | None = None
@@ -56,6 +59,7 @@ class State:
         self._stopping.set()  # not cancelled: the client can swallow a cancellation while it reconnects
         if self._watcher:
             await self._watcher
+        await self.line.close()
         await self.redis.aclose()
         if self._server:
             await self._server.stop()

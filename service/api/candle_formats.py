@@ -4,7 +4,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from itertools import chain
 from typing import Any, Final
 
 import numpy as np
@@ -109,12 +108,12 @@ def _rows(rows: list[Any]) -> tuple[Layout, Sequence[Any], list[Sequence[Any]]]:
     if set(map(type, rows)) != {list} or set(map(len, rows)) != {width}:
         row = next(row for row, cells in enumerate(rows) if type(cells) is not list or len(cells) != width)
         raise InputError(f"must be a row of {width} values, as the first is", f"/candles/{row}")
-    flat = list(chain.from_iterable(rows))
+    columns = list(zip(*rows, strict=True))
     if width == _BINANCE_WIDTH:
         layout = Layout("0", ("1", "2", "3", "4", "5", "7"), text_numbers=True)
     else:
         layout = Layout("0", tuple(str(place) for place in range(1, width)))
-    return layout, flat[0::width], [flat[int(name) :: width] for name in layout.columns]
+    return layout, columns[0], [columns[int(name)] for name in layout.columns]
 
 
 def _objects(rows: list[Any]) -> tuple[Layout, Sequence[Any], list[Sequence[Any]]]:

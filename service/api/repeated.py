@@ -2,17 +2,17 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
-from dataclasses import asdict
+from collections.abc import Callable
 from typing import Any
 
-from fastapi import Request, Response
+from fastapi import Response
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from service.api.answers import Asked, Found, whole_answer
-from service.api.schemas import TimingsMs
-from service.api.wire import StrictRequest
+from service.api.schemas import ForecastRequest, TimingsMs
+from service.api.wire import StrictRequest, read_body
 from service.engine.batcher import DeadlineExceeded
 from service.engine.cache import Kept
 from service.engine.repeats import Facts, Repeat, StoredAs, request_digest
@@ -20,33 +20,42 @@ from service.services import Services
 
 
 class AdmittedRoute(APIRoute):
-    """Takes a permit before it reads a body, and the short cut where there is one."""
+    """Takes a permit before it reads a body, and the short cut where there is one.
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
+    FastAPI finds and describes the route and hands over there: what it does before an endpoint takes longer than what
+    is left of a repeated request.
+    """
 
-        async def admitted(request: Request) -> Response:
-            services: Services = request.app.state.services
-            with services.door.permit():
-                strict = StrictRequest(request.scope, request.receive)
-                try:
-                    async with asyncio.timeout(services.settings.request_timeout_ms / 1000):
-                        await strict.body()  # kept; a caller who never ends sending it must not keep the permit
-                except TimeoutError:
-                    raise DeadlineExceeded from None
-                except ClientDisconnect:
-                    return Response(status_code=499)  # never read
-                return await _recalled(strict, services) or await handle(strict)
+    def __init__(self, path: str, endpoint: Callable[..., Any], **described: Any) -> None:
+        super().__init__(path, endpoint, **described)
+        self.app = self._serve
 
-        return admitted
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        services: Services = scope["app"].state.services
+        with services.door.permit():
+            response = await self._answered(StrictRequest(scope, receive), services)
+        await response(scope, receive, send)
+
+    async def _answered(self, request: StrictRequest, services: Services) -> Response:
+        try:
+            async with asyncio.timeout(services.settings.request_timeout_ms / 1000):
+                sent = await request.body()  # a caller who never ends sending it must not keep the permit
+        except TimeoutError:
+            raise DeadlineExceeded from None
+        except ClientDisconnect:
+            return Response(status_code=499)  # never read
+        symbol = request.path_params["symbol"]
+        digest = request_digest(symbol, request.headers.get("content-type", ""), sent)
+        if (recalled := await _recalled(digest, services)) is not None:
+            return recalled
+        request.state.digest = digest
+        response: Response = await self.endpoint(symbol, services, request, await read_body(request, ForecastRequest))
+        return response
 
 
-async def _recalled(request: StrictRequest, parts: Services) -> Response | None:
+async def _recalled(digest: bytes, parts: Services) -> Response | None:
     """The answer to a request that was answered before, None where reading it could lead to another one."""
-    content_type = request.headers.get("content-type", "")
-    digest = request_digest(request.path_params["symbol"], content_type, await request.body())
     started, now = time.monotonic(), parts.now()
-    request.state.digest = digest
     repeat = parts.repeats.get(digest, now)
     if repeat is None or parts.degraded or parts.registry.at_hand(repeat.reference) is not repeat.model:
         return None
@@ -76,7 +85,7 @@ def answer(found: Found, facts: Facts, issued_at: int, started: float, parts: Se
     total = time.monotonic() - started
     parts.metrics.stage_seconds.labels(facts.model, "total").observe(total)
     parts.metrics.cache_requests.labels(found.cache).inc()
-    timings = {**asdict(found.stages), "total": 1e3 * total}
+    timings = {**vars(found.stages), "total": 1e3 * total}
     return Response(
         whole_answer(found, facts, issued_at, TimingsMs(**timings)),
         media_type="application/json",

@@ -1,7 +1,6 @@
 """Between the socket and the routes: strict JSON, bounded bodies, slashes in symbols, counted answers."""
 
 import asyncio
-import contextlib
 import json
 import time
 from collections.abc import Callable, Coroutine
@@ -9,7 +8,9 @@ from typing import Any, Final, TypeVar
 from urllib.parse import unquote
 
 from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -17,6 +18,7 @@ from service.api.errors import BodyTooLarge, MalformedBody, problem
 from service.metrics import Metrics
 
 T = TypeVar("T")
+Body = TypeVar("Body", bound=BaseModel)
 
 _UNROUTED: Final = "_none"
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -43,6 +45,20 @@ class StrictRequest(Request):
             raise MalformedBody(f"the body is not JSON: {error.msg} at character {error.pos}") from None
         except ValueError:  # an integer of thousands of digits
             raise MalformedBody("the body holds a number that is too long") from None
+
+
+async def read_body(request: StrictRequest, kind: type[Body]) -> Body | None:
+    """The body as `kind`, None where there is none; MalformedBody or RequestValidationError if it is something else."""
+    body: Any = await request.body()
+    if not body:
+        return None
+    if _is_json(request.headers.get("content-type", "")):
+        body = await request.json()
+    try:
+        return None if body is None else kind.model_validate(body)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_context=False, include_input=False)
+        raise RequestValidationError([{**each, "loc": ("body", *each["loc"])} for each in found]) from None
 
 
 class StrictRoute(APIRoute):
@@ -131,21 +147,25 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, which is cancelled when the caller hangs up; ClientGone then."""
     task = asyncio.create_task(work)
     watcher = asyncio.create_task(_hung_up(request.receive))
+    watcher.add_done_callback(lambda _: task.cancel())
     try:
-        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGone
-        return task.result()
+        return await task
+    except asyncio.CancelledError:
+        if watcher.done():
+            raise ClientGone from None
+        raise
     finally:
-        for each in (task, watcher):
-            each.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await each
+        watcher.cancel()
 
 
 async def _hung_up(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+def _is_json(content_type: str) -> bool:
+    main, _, sub = content_type.partition(";")[0].strip().lower().partition("/")
+    return main == "application" and (sub == "json" or sub.endswith("+json"))
 
 
 def _plain_object(body: bytes) -> dict[str, Any] | None:

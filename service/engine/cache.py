@@ -11,9 +11,8 @@ import hashlib
 import struct
 import time
 from collections import OrderedDict
-from collections.abc import Coroutine
-from dataclasses import dataclass, fields
-from typing import Any, Final, TypeVar
+from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
@@ -22,15 +21,12 @@ from service.engine.registry import LoadedModel
 from service.metrics import Metrics
 from service.state import REDIS_ERRORS, State
 
-T = TypeVar("T")
-
 SLOTS: Final = 4096
 _HEADER: Final = struct.Struct("<32sqi")
 _LARGEST_IN_REDIS: Final = 64 * 1024
 _LARGEST_SHARE: Final = 1 / 16  # of the memory, for one forecast
-_PATIENCE_SECONDS: Final = 0.05  # for an answer of Redis
 _PAUSE_SECONDS: Final = 1.0  # without Redis after it failed
-_AFTER_SECONDS: Final = 0.002  # until a write begins, so that the answer goes first
+_AFTER_SECONDS: Final = 0.02  # until a write begins, so that the answer goes first, and the next request of its caller
 _MOST_WRITES: Final = 64  # under way at a time
 
 
@@ -45,8 +41,8 @@ class Kept:
 
 def forecast_key(model: LoadedModel, item: ForecastInput, *facts: object) -> bytes:
     """A digest of all that a forecast depends on; `facts` are those that `item` does not hold."""
-    digest = hashlib.blake2b(digest_size=32)
-    values = [getattr(item, field.name) for field in fields(item)]
+    digest = hashlib.sha256()  # processors have instructions for it
+    values = vars(item).values()
     arrays = [np.ascontiguousarray(value) for value in values if isinstance(value, np.ndarray)]
     rest = [value for value in values if not isinstance(value, np.ndarray)]
     shapes = [(array.shape, array.dtype.str) for array in arrays]
@@ -66,7 +62,7 @@ class Cache:
         self._kept: OrderedDict[bytes, Kept] = OrderedDict()
         self._bytes = 0
         self._paused_until = 0.0
-        self._under_way: set[asyncio.Task[Any]] = set()
+        self._under_way: set[asyncio.Task[None]] = set()
 
     async def get(self, key: bytes, now: int) -> Kept | None:
         """The forecast of that key unless it has expired. Redis costs milliseconds at worst, never an error."""
@@ -98,7 +94,9 @@ class Cache:
             return
         self._remember(key, kept)
         if len(kept.body) <= _LARGEST_IN_REDIS and self._redis_answers and len(self._under_way) < _MOST_WRITES:
-            self._start(self._write(key, kept, kept.valid_until - now))
+            writing = asyncio.create_task(self._write(key, kept, kept.valid_until - now))
+            self._under_way.add(writing)
+            writing.add_done_callback(self._under_way.discard)
 
     async def stop(self) -> None:
         """Wait for what is on its way to Redis."""
@@ -122,18 +120,9 @@ class Cache:
         return self._state.up and time.monotonic() >= self._paused_until
 
     async def _ask_redis(self, key: bytes) -> Kept | None:
-        """Redis' answer if it comes soon. A late one is left to itself: the client can swallow a cancellation."""
-        reading = self._start(self._read(key))
-        await asyncio.wait({reading}, timeout=_PATIENCE_SECONDS)
-        if reading.done():
-            return reading.result()
-        self._pause()
-        return None
-
-    async def _read(self, key: bytes) -> Kept | None:
         with contextlib.suppress(*REDIS_ERRORS):
             with self._metrics.redis_operation("cache_read"):
-                packed: Any = await self._state.redis.get(_slot(key))
+                (packed,) = await self._state.line.ask(("GET", _slot(key)))
             return _unpack(packed, key)
         self._pause()
         return None
@@ -148,12 +137,6 @@ class Cache:
 
     def _pause(self) -> None:
         self._paused_until = time.monotonic() + _PAUSE_SECONDS
-
-    def _start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        task = asyncio.create_task(work)
-        self._under_way.add(task)
-        task.add_done_callback(self._under_way.discard)
-        return task
 
 
 def _slot(key: bytes) -> str:

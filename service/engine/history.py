@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.candles import DAY_MS, Floats, Millis, interval_ms
-from service.engine.revisions import Revision, Revisions, revision_key, series_key
+from service.engine.revisions import Revision, revision_key, series_key
 from service.metrics import Metrics
 from service.state import REDIS_ERRORS, State
 
@@ -97,8 +97,8 @@ class History:
 
     def __init__(self, state: State, metrics: Metrics) -> None:
         self._redis = state.redis
+        self._line = state.line
         self._metrics = metrics
-        self._revisions = Revisions(state.redis, metrics)
         self._put_block = state.redis.register_script(_PUT_BLOCK)
 
     async def put(
@@ -146,7 +146,12 @@ class History:
 
     async def revision(self, symbol: str, interval: str) -> Revision | None:
         """What changes with every write to the series; None where nothing is stored or Redis does not answer soon."""
-        return await self._revisions.of(symbol, interval)
+        with contextlib.suppress(*REDIS_ERRORS), self._metrics.redis_operation("history_revision"):
+            calendars, mark = await self._line.ask(
+                ("HGETALL", series_key(symbol)), ("GET", revision_key(symbol, interval))
+            )
+            return Revision(calendars, mark) if mark else None
+        return None
 
     async def symbols(self) -> list[StoredSeries]:
         """Everything that is stored, by symbol and interval."""

@@ -60,6 +60,7 @@ class Registry:
         metrics: Metrics,
     ) -> None:
         self.store = store
+        self._root = str(store.root)
         self.nicknames = nicknames
         self._selection = selection
         self._settled: dict[str, LoadedModel] = {}
@@ -129,7 +130,7 @@ class Registry:
     def _stamp(self, name: str) -> tuple[int, int]:
         """Changes whenever the aliases do: they are replaced by rename."""
         try:
-            found = os.stat(self.store.root / name / "aliases.json")
+            found = os.stat(f"{self._root}/{name}/aliases.json")
         except FileNotFoundError:
             return (0, 0)
         return (found.st_ino, found.st_mtime_ns)

@@ -1,7 +1,6 @@
 """A request whose bytes were answered before is answered without being read, and never otherwise than if it were."""
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +11,9 @@ from prometheus_client import CollectorRegistry
 from service.api.wire import StrictRequest
 from service.engine.history import History
 from service.engine.repeats import _MOST, Facts, Repeat, Repeats
-from service.engine.revisions import Revision, Revisions
+from service.line import Line
 from service.metrics import Metrics
+from service.state import connect
 from tests.service.test_cache import Clock, forecast
 from tests.service.test_engine import NAIVE, ask, counted
 
@@ -224,60 +224,7 @@ def test_the_least_recently_repeated_request_is_forgotten() -> None:
     assert [repeats.get(name, 1) is not None for name in (b"0", b"1", b"new")] == [True, False, True]
 
 
-class Pipeline:
-    """A Redis that answers when `answer` is set and notes what it was asked."""
-
-    def __init__(self) -> None:
-        self.answer = asyncio.Event()
-        self.batches: list[list[str]] = []
-        self._keys: list[str] = []
-
-    def pipeline(self, transaction: bool) -> "Pipeline":
-        self._keys = []
-        self.batches.append(self._keys)
-        return self
-
-    def hgetall(self, key: str) -> None:
-        self._keys.append(key)
-
-    def get(self, key: str) -> None:
-        self._keys.append(key)
-
-    async def execute(self) -> list[Any]:
-        keys = self._keys
-        await self.answer.wait()
-        return [{b"1h": b"24/7"} if key.endswith(":s") else key.encode() for key in keys]
-
-
-def revisions_of(redis: Any) -> Revisions:
-    return Revisions(redis, Metrics(CollectorRegistry()))
-
-
-async def test_whoever_asks_while_a_read_is_under_way_waits_for_a_later_one() -> None:
-    redis = Pipeline()
-    revisions = revisions_of(redis)
-    early = asyncio.gather(*(revisions.of("BTC", "1h") for _ in range(3)))
-    while not redis.batches:
-        await asyncio.sleep(0)
-    late = asyncio.gather(revisions.of("BTC", "1h"), revisions.of("ETH", "1h"))
-    await asyncio.sleep(0)
-    redis.answer.set()
-    assert await early == [Revision({b"1h": b"24/7"}, b"cc:1:{BTC:1h}:r")] * 3
-    assert [revision.mark for revision in await late if revision] == [b"cc:1:{BTC:1h}:r", b"cc:1:{ETH:1h}:r"]
-    assert [len(keys) for keys in redis.batches] == [2, 4]
-
-
-async def test_a_redis_that_hangs_costs_little_and_is_no_revision() -> None:
-    redis = Pipeline()
-    revisions = revisions_of(redis)
-    assert await asyncio.gather(revisions.of("BTC", "1h"), revisions.of("ETH", "1h")) == [None, None]
-    redis.answer.set()
-    assert await revisions.of("BTC", "1h") is not None
-
-
 async def test_a_redis_that_fails_is_no_revision() -> None:
-    async def fail() -> None:
-        raise ConnectionError
-
-    pipeline: Callable[..., Any] = lambda **_: SimpleNamespace(hgetall=len, get=len, execute=fail)  # noqa: E731
-    assert await revisions_of(SimpleNamespace(pipeline=pipeline)).of("BTC", "1h") is None
+    nowhere = "unix:///nowhere/redis.sock"
+    state: Any = SimpleNamespace(redis=connect(nowhere), line=Line(nowhere))
+    assert await History(state, Metrics(CollectorRegistry())).revision("BTC", "1h") is None

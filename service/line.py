@@ -1,7 +1,7 @@
 """A line to Redis for the small questions that a request waits for, beside the client that does everything else.
 
-The client takes a connection from its pool and sets three timers for every command, which costs more than a cached
-forecast does otherwise. Here the questions of everybody who has asked since the last ones were sent go together.
+The client takes a connection from its pool and sets timers for every command, which doubles what a question costs.
+Here the questions of everybody who has asked since the last ones were sent go together.
 """
 
 import asyncio

@@ -22,8 +22,8 @@ from service.services import Services
 class AdmittedRoute(APIRoute):
     """Takes a permit before it reads a body, and the short cut where there is one.
 
-    FastAPI finds and describes the route and hands over there: what it does before an endpoint takes longer than what
-    is left of a repeated request.
+    FastAPI finds and describes the route and hands over there: its own way to an endpoint is long beside a repeated
+    request.
     """
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **described: Any) -> None:

@@ -46,6 +46,15 @@ async def test_a_bare_request_asks_toto_about_the_stored_history(client: Any, ro
     assert answer.json()["meta"]["context"] == 100
 
 
+@pytest.mark.parametrize("body", [b"", b"null", b"{}"])
+async def test_whatever_asks_for_nothing_asks_for_the_defaults(client: Any, rows: Any, body: bytes) -> None:
+    await client.put("/candles/AAPL", json={"candles": rows(100)})
+    headers = {"content-type": "application/problem+json; charset=utf-8"}  # any JSON is JSON
+    answer = await client.post("/forecast/AAPL", content=body, headers=headers)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["horizon"] == 30
+
+
 async def test_one_seed_gives_identical_bytes_alone_and_among_sixteen(client: Any, rows: Any) -> None:
     body = json.dumps(NAIVE | {"candles": rows(), "seed": 7})
     alone = await client.post("/forecast/A", content=body, headers={"content-type": "application/json"})

@@ -4,7 +4,9 @@ Both run on the service's own server stack: python -m bench.baselines reference 
 """
 
 import argparse
+import asyncio
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,13 +32,20 @@ def create_reference_app(predictor: ReferencePredictor) -> FastAPI:
     return app
 
 
-def create_bytes_app(content: bytes) -> FastAPI:
-    """An endpoint that reads the body and answers the same bytes every time."""
+def create_bytes_app(content: bytes, wait_ms: float = 0.0) -> FastAPI:
+    """An endpoint that reads the body and answers the same bytes every time.
+
+    With `wait_ms` it also reads the JSON and lets a thread sleep: what is left for a service whose model takes so long.
+    """
     app = FastAPI()
 
     @app.post("/forecast/{symbol}")
     async def answer(request: Request) -> Response:
-        await request.body()
+        if wait_ms:
+            await request.json()
+            await asyncio.to_thread(time.sleep, wait_ms / 1e3)
+        else:
+            await request.body()
         return Response(content, media_type="application/json")
 
     return app
@@ -49,11 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--answer", type=Path, help="File with the bytes to answer.")
+    parser.add_argument("--wait-ms", type=float, default=0.0, help="How long to sleep before the answer.")
     options = parser.parse_args(arguments)
     if options.what == "reference":
         app = create_reference_app(ReferencePredictor(options.device))
     else:
-        app = create_bytes_app(options.answer.read_bytes())
+        app = create_bytes_app(options.answer.read_bytes(), options.wait_ms)
     uvicorn.run(app, port=options.port, log_level="warning", access_log=False, loop="uvloop", http="httptools")
 
 

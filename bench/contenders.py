@@ -19,7 +19,7 @@ from training import candle_files
 from training.export import ExportRefused, export
 from training.sample_data import write_samples
 
-_WINDOWS: Final = 28
+_WINDOWS: Final = 14
 
 
 def worth_exporting(device: str) -> Mapping[str, Sequence[str]]:
@@ -27,7 +27,7 @@ def worth_exporting(device: str) -> Mapping[str, Sequence[str]]:
     bfloat16 = torch.device(device).type == "cuda" or {"avx512_bf16", "amx_bf16"} & set(cpu_flags())
     if bfloat16:
         return {"kronos": ("compiled-int8", "compiled-bfloat16"), "toto": ("eager-bfloat16",)}
-    return {"kronos": ("compiled-int8", "compiled-float32"), "toto": ()}
+    return {"kronos": ("compiled-int8",), "toto": ()}
 
 
 def export_all(store: ModelStore, reference: str, labels: Sequence[str], home: Path, device: str) -> None:

@@ -13,26 +13,26 @@ Asked = Callable[[int], Sequence[ForecastInput]]
 
 def curve_of_paths(bench: Workbench) -> list[Curve]:
     """Kronos: one symbol, 1 to 256 paths."""
-    values = _thinned(bench, [1, 4, 16, 32, 64, 128, 256])
+    values = _thinned(bench, [1, 8, 32, 256])
     return _curve(bench, "Kronos-small 64→30, one symbol", "paths", values, bench.kronos, _with_paths)
 
 
 def curve_of_symbols(bench: Workbench) -> list[Curve]:
     """Kronos: 1 to 64 symbols of one path each in a batch."""
-    values = _thinned(bench, [1, 2, 4, 8, 16, 32, 64])
+    values = _thinned(bench, [1, 4, 16, 64])
     return _curve(bench, "Kronos-small 64→30, one path each", "symbols", values, bench.kronos, _with_symbols)
 
 
 def curve_of_toto_symbols(bench: Workbench) -> list[Curve]:
     """Toto: 1 to 64 symbols of 512 candles in a batch."""
-    values = _thinned(bench, [1, 2, 4, 8, 16, 32, 64])
+    values = _thinned(bench, [1, 4, 16, 64])
     return _curve(bench, "Toto-base 512→64", "symbols", values, bench.toto, _with_toto_symbols)
 
 
 def curve_of_context(bench: Workbench) -> list[Curve]:
     """Toto: one symbol, 64 to 4096 candles."""
     longest = max(forecaster.limits.max_context for forecaster in bench.toto.values())
-    values = _thinned(bench, [each for each in (64, 128, 256, 512, 1024, 2048, 4096) if each <= longest])
+    values = _thinned(bench, [each for each in (64, 256, 1024, 4096) if each <= longest])
     return _curve(bench, "Toto-base →64, one symbol", "candles", values, bench.toto, _with_context)
 
 

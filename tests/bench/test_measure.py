@@ -47,7 +47,7 @@ def test_engine_is_timed_beside_its_floor(bench):
 
 def test_a_curve_has_a_time_for_every_value(bench):
     [curve] = curves.curve_of_context(bench)
-    assert curve.values == [64, 512, 4096]
+    assert curve.values == [64, 1024, 4096]
     assert all(len(times) == 3 for times in curve.milliseconds.values())
 
 

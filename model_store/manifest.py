@@ -70,16 +70,20 @@ class Evaluation(_Strict):
 
 
 class Baseline(_Strict):
-    """What the live score compares with: held-out error of one symbol ('*' for all) in blocks of origins."""
+    """What the live score compares with: held-out error of one symbol ('*' for all) in blocks of targets."""
 
     symbol: str
     interval: str
-    horizon: int
+    group: int | None = Field(
+        default=None, description="Group of horizons: 0 for steps 1-8, 1 for 9-30, 2 for 31-64, 3 beyond; null: all."
+    )
+    horizon: int = Field(description="The last step that was scored.")
     n_blocks: int
     mae_log_return: float
     naive_mae_log_return: float
     rho0: float = Field(description="mae_log_return / naive_mae_log_return.")
     sd_block: float = Field(description="Standard deviation of the block means of the scaled paired loss.")
+    correlation: float = Field(default=0.0, description="Of the symbols' block means with each other, on average.")
     coverage_80: float
     pinball: dict[str, float]
 

@@ -1,6 +1,7 @@
 """The contract between the engine and a model: inputs, one batch, forecasts, and prepare / run / finish."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
@@ -53,6 +54,7 @@ class ForecastInput:
     future_timestamps: Millis  # [H]
     local_times: Millis  # [T + H] exchange-local wall clock in ms, for calendar features
     levels: tuple[float, ...] = DEFAULT_LEVELS
+    also: tuple[float, ...] = ()  # levels that nobody asked for, which the forecast must have
     sampling: Sampling = field(default_factory=Sampling)
     aggregate: str = "median"
     seed: int = 0
@@ -61,6 +63,11 @@ class ForecastInput:
     @property
     def horizon(self) -> int:
         return len(self.future_timestamps)
+
+    @property
+    def all_levels(self) -> tuple[float, ...]:
+        """The levels of the forecast, rising."""
+        return tuple(sorted({*self.levels, *self.also}))
 
     @property
     def last_close(self) -> float:
@@ -170,6 +177,21 @@ def forecast(forecaster: Forecaster, inputs: Sequence[ForecastInput]) -> list[Fo
         forecaster.check(item)
     batch = forecaster.prepare(inputs)
     return forecaster.finish(forecaster.run(batch), batch)
+
+
+def batches(
+    forecaster: Forecaster, inputs: Iterable[ForecastInput], rows: int
+) -> Iterator[tuple[list[int], list[ForecastInput]]]:
+    """Places among `inputs` and the inputs themselves, at most `rows` of one bucket at a time."""
+    waiting: dict[Hashable, dict[int, ForecastInput]] = defaultdict(dict)
+    for place, item in enumerate(inputs):
+        bucket = forecaster.bucket(item)
+        waiting[bucket][place] = item
+        if len(waiting[bucket]) == rows:
+            batch = waiting.pop(bucket)
+            yield list(batch), list(batch.values())
+    for batch in waiting.values():
+        yield list(batch), list(batch.values())
 
 
 def pad_rows(count: int) -> int:

@@ -45,11 +45,11 @@ class NaiveForecaster:
 
     def _forecast(self, item: ForecastInput) -> Forecast:
         point = naive_rows(item.candles, item.horizon)
-        flat = np.full((len(item.levels), item.horizon), item.last_close)
+        flat = np.full((len(item.all_levels), item.horizon), item.last_close)
         return checked(
             Forecast(
                 point=point,
-                levels=item.levels,
+                levels=item.all_levels,
                 quantiles={"high": flat, "low": flat, "close": flat},
                 prob_up=np.full(item.horizon, 0.5),
                 step_return_quantiles=np.zeros_like(flat),

@@ -17,10 +17,35 @@ WALK_DECAY: Final = 0.94  # of the random walk that every table shows
 SCALE_DECAY: Final = 0.97  # of the volatility that divides the paired loss
 MARGIN: Final = 1.03  # the paired loss forgives 3 %, which absorbs the baseline's own noise
 SCALE_FLOOR: Final = 1e-6  # log-return: a market that did not move is not infinitely easy
+GROUPS: Final = (8, 30, 64, 512)  # last steps of the groups of horizons that are scored apart
+MIN_BLOCK: Final = 24  # targets in a block, at least
 MIN_BLOCKS: Final = 4  # fewer blocks than these say nothing about the spread
 
 _NORMAL: Final = NormalDist()
 _erf = np.vectorize(math.erf, otypes=[np.float64])
+
+
+def group_of(step: int) -> int:
+    """Which group of horizons a step (from 1) belongs to; ValueError beyond the last."""
+    for group, last in enumerate(GROUPS):
+        if step <= last:
+            return group
+    raise ValueError(f"no forecast has a step {step}")
+
+
+def steps_of(group: int, horizon: int) -> slice:
+    """Where the steps of a group stand among `[H]` steps."""
+    return slice(GROUPS[group - 1] if group else 0, min(GROUPS[group], horizon))
+
+
+def group_name(group: int) -> str:
+    """`1-8`, `9-30`, `31-64` or `65-512`."""
+    return f"{GROUPS[group - 1] + 1 if group else 1}-{GROUPS[group]}"
+
+
+def block_length(group: int) -> int:
+    """Candles in a block of the group: targets that are further apart share no forecast."""
+    return max(GROUPS[group], MIN_BLOCK)
 
 
 # -- points ----------------------------------------------------------------------------------------

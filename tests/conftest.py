@@ -1,6 +1,8 @@
 """Tiny networks of both families with random weights, for tests of what lies around them."""
 
+import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,6 +14,16 @@ from model_store.manifest import Manifest
 from model_store.store import ModelStore
 from models.families import build_forecaster
 from models.forecaster import Forecaster
+
+
+@pytest.fixture(scope="session")
+def packaged_candles() -> Callable[[str], Path]:
+    """A CSV file of the backtesting package, found without importing it."""
+    spec = importlib.util.find_spec("backtesting")
+    assert spec is not None
+    assert spec.origin is not None
+    folder = Path(spec.origin).parent / "test"
+    return lambda name: folder / name
 
 
 class Tiny(NamedTuple):

@@ -1,7 +1,6 @@
 """Rolling-origin scores of any forecaster, beside the naive forecast and a random walk on the same origins."""
 
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final, Literal
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 from model_store.manifest import Baseline, Evaluation, Metric
 from models import scoring
 from models.candles import CLOSE, Floats, interval_ms
-from models.forecaster import Forecast, Forecaster, ForecastInput, Sampling, forecast
+from models.forecaster import Forecast, Forecaster, ForecastInput, Sampling, batches, forecast
 from models.uniforms import derive_seed
 from training.candle_files import Series
 from training.outcomes import Outcomes, outcomes
@@ -23,7 +22,6 @@ Estimator = Literal["ensemble", "quantiles"]
 LEVELS: Final = tuple(round(k / 20, 2) for k in range(1, 20))  # even, as the mean of pinball losses needs
 BAND: Final = (0.1, 0.9)
 BASELINE_LEVELS: Final = (0.1, 0.25, 0.5, 0.75, 0.9)
-MIN_BLOCK: Final = 24  # targets in a block of the baseline
 _PATH_FLOOR: Final = 1e-6  # of the last close: a path at zero or below has no logarithm
 
 
@@ -75,7 +73,7 @@ def evaluate(
     tally = _Tally(facts)
     independent = replace(sampling or Sampling(), stratified=False)
     inputs = _inputs(series, origins, independent, lookback, calendar)
-    for rows, batch in _batches(forecaster, inputs, batch_rows):
+    for rows, batch in batches(forecaster, inputs, batch_rows):
         for row, result in zip(rows, forecast(forecaster, batch), strict=True):
             tally.add(row, result)
         if progress:
@@ -117,21 +115,6 @@ def _inputs(
         plain = forecast_input(item, origin, horizon=origins.horizon, lookback=lookback, calendar=calendars[index])
         seed = derive_seed(item.symbol, item.interval, int(item.timestamps[origin]))
         yield replace(plain, levels=LEVELS, sampling=sampling, seed=seed, with_paths=True)
-
-
-def _batches(
-    forecaster: Forecaster, inputs: Iterator[ForecastInput], batch_rows: int
-) -> Iterator[tuple[list[int], list[ForecastInput]]]:
-    """Row numbers and inputs, at most `batch_rows` of one bucket at a time."""
-    waiting: dict[Hashable, dict[int, ForecastInput]] = defaultdict(dict)
-    for row, item in enumerate(inputs):
-        bucket = forecaster.bucket(item)
-        waiting[bucket][row] = item
-        if len(waiting[bucket]) == batch_rows:
-            batch = waiting.pop(bucket)
-            yield list(batch), list(batch.values())
-    for batch in waiting.values():
-        yield list(batch), list(batch.values())
 
 
 class _Tally:
@@ -270,7 +253,7 @@ def _iso(millis: np.int64) -> str:
 
 
 def baselines(scores: Scores) -> tuple[Baseline, ...]:
-    """What the live score compares with: `*` over all symbols, then each symbol.
+    """What the live score compares with, by group of horizons: `*` over all symbols, then each symbol.
 
     A symbol with fewer than two blocks, or whose close never moved, has none. The `*` baseline's blocks
     are still those of single symbols: it stands in for a symbol that has none of its own.
@@ -278,45 +261,78 @@ def baselines(scores: Scores) -> tuple[Baseline, ...]:
     symbols = scores.outcomes.symbols
     chosen = {"*": np.ones(len(symbols), dtype=bool)}
     chosen |= {str(symbol): symbols == symbol for symbol in np.unique(symbols)}
-    found = (_baseline(scores, name, rows) for name, rows in chosen.items())
+    groups = range(scoring.group_of(scores.outcomes.horizon) + 1)
+    found = (_baseline(scores, name, rows, group) for group in groups for name, rows in chosen.items())
     return tuple(baseline for baseline in found if baseline)
 
 
-def _baseline(scores: Scores, symbol: str, rows: NDArray[np.bool_]) -> Baseline | None:
+def _baseline(scores: Scores, symbol: str, rows: NDArray[np.bool_], group: int) -> Baseline | None:
     facts = scores.outcomes
-    errors, naive = np.abs(scores.errors[rows]), np.abs(scores.naive_errors[rows])
+    steps = scoring.steps_of(group, facts.horizon)
+    errors, naive = np.abs(scores.errors[rows, steps]), np.abs(scores.naive_errors[rows, steps])
     if not naive.any():
         return None
     rho0 = float(errors.mean() / naive.mean())
-    means = _block_means(facts, rows, scoring.paired_loss(errors, naive, rho0, facts.scale[rows]))
-    if len(means) < 2:
+    losses = scoring.paired_loss(errors, naive, rho0, facts.scale[rows, steps])
+    blocks = _block_means(facts, rows, steps, group, losses)
+    if len(blocks.means) < 2:
         return None
-    pinball = scores.pinball[rows].mean(axis=(0, 2))
+    pinball = scores.pinball[rows, :, steps].mean(axis=(0, 2))
     return Baseline(
         symbol=symbol,
         interval=facts.interval,
-        horizon=facts.horizon,
-        n_blocks=len(means),
+        group=group,
+        horizon=steps.stop,
+        n_blocks=len(blocks.means),
         mae_log_return=float(errors.mean()),
         naive_mae_log_return=float(naive.mean()),
         rho0=rho0,
-        sd_block=float(means.std(ddof=1)),
-        coverage_80=float(scores.covered[rows].mean()),
+        sd_block=float(blocks.means.std(ddof=1)),
+        correlation=blocks.correlation(),
+        coverage_80=float(scores.covered[rows, steps].mean()),
         pinball={str(level): float(pinball[LEVELS.index(level)]) for level in BASELINE_LEVELS},
     )
 
 
-def _block_means(facts: Outcomes, rows: NDArray[np.bool_], losses: Floats) -> Floats:
-    """Mean loss of each symbol's targets in blocks of max(H, 24) intervals on a grid fixed in time.
+@dataclass(frozen=True)
+class _BlockMeans:
+    """Mean losses, each of one symbol's targets in one block of time, `[N]`."""
+
+    owners: NDArray[np.int64]
+    blocks: NDArray[np.int64]
+    means: Floats
+
+    def correlation(self) -> float:
+        """Mean correlation of two symbols' losses in the same block, between 0 and 1."""
+        together = products = 0.0
+        z = self._standardised()
+        for block in np.unique(self.blocks):
+            found = z[self.blocks == block]
+            together += len(found) * (len(found) - 1)
+            products += found.sum() ** 2 - (found**2).sum()
+        return float(np.clip(products / together, 0, 1)) if together else 0.0
+
+    def _standardised(self) -> Floats:
+        z = np.zeros(len(self.means))
+        for owner in np.unique(self.owners):
+            own = self.means[self.owners == owner]
+            if own.std() > 0:
+                z[self.owners == owner] = (own - own.mean()) / own.std()
+        return z
+
+
+def _block_means(facts: Outcomes, rows: NDArray[np.bool_], steps: slice, group: int, losses: Floats) -> _BlockMeans:
+    """Mean loss of each symbol's targets in blocks of the group's length, on a grid fixed in time.
 
     A block with less than half the targets of the median block, as at either end, is too noisy to count.
     """
-    span = max(facts.horizon, MIN_BLOCK) * interval_ms(facts.interval)
-    block = facts.target_times[rows] // span
-    block -= block.min()
+    span = scoring.block_length(group) * interval_ms(facts.interval)
+    block = facts.target_times[rows, steps] // span
+    first = block.min()
+    width = int(block.max() - first) + 1
     owner = np.unique(facts.symbols[rows], return_inverse=True)[1]
-    cell = (owner[:, None] * (block.max() + 1) + block).ravel()
-    counts = np.bincount(cell)
-    means = np.bincount(cell, losses.ravel())[counts > 0] / counts[counts > 0]
-    counts = counts[counts > 0]
-    return np.asarray(means[counts >= np.median(counts) / 2])
+    cell = (owner[:, None] * width + block - first).ravel()
+    counts, sums = np.bincount(cell), np.bincount(cell, losses.ravel())
+    cells = np.flatnonzero(counts)
+    kept = cells[counts[cells] >= np.median(counts[cells]) / 2]
+    return _BlockMeans(kept // width, kept % width + first, np.asarray(sums[kept] / counts[kept]))

@@ -189,12 +189,12 @@ class KronosForecaster:
         return checked(
             Forecast(
                 point=floor_prices(parse_aggregate(item.aggregate)(paths), item.last_close),
-                levels=item.levels,
+                levels=item.all_levels,
                 quantiles={
-                    name: path_quantiles(paths[..., VARIATES.index(name)], item.levels) for name in QUANTILE_COLUMNS
+                    name: path_quantiles(paths[..., VARIATES.index(name)], item.all_levels) for name in QUANTILE_COLUMNS
                 },
                 prob_up=(paths[..., CLOSE] > item.last_close).mean(axis=0),
-                step_return_quantiles=path_quantiles(np.diff(np.log(closes), axis=1), item.levels),
+                step_return_quantiles=path_quantiles(np.diff(np.log(closes), axis=1), item.all_levels),
                 paths=paths if item.with_paths else None,
                 warnings=_warnings(item),
             )

@@ -22,12 +22,21 @@ def sample(logits: Tensor, uniforms: Tensor, temperature: Tensor, top_k: Tensor,
     operations: a row has the same bits in any batch, and filters that are off those of no filters.
     """
     probs = (logits / temperature.view(-1, 1, 1)).softmax(-1)  # the same bits wherever a row lies
-    share = probs / probs.amax(-1, keepdim=True)
-    step = (share * _STEPS).floor()
-    kept = step >= _threshold(share, step, top_k.view(-1, 1, 1), top_p.view(-1, 1, 1))
-    mass = torch.where(kept, probs, 0.0).cumsum(-1)
+    if _may_filter(top_k, top_p):
+        share = probs / probs.amax(-1, keepdim=True)
+        step = (share * _STEPS).floor()
+        kept = step >= _threshold(share, step, top_k.view(-1, 1, 1), top_p.view(-1, 1, 1))
+        probs = torch.where(kept, probs, 0.0)
+    mass = probs.cumsum(-1)
     target = uniforms.unsqueeze(-1) * mass[..., -1:]
     return (mass <= target).sum(-1).clamp_max(logits.shape[-1] - 1)
+
+
+def _may_filter(top_k: Tensor, top_p: Tensor) -> bool:
+    """Whether any row might have a filter: half of a step's work, which is asked for where asking costs nothing."""
+    if torch.compiler.is_compiling() or top_p.device.type != "cpu":
+        return True
+    return bool(((top_k > 0) | (top_p < 1)).any())
 
 
 def _threshold(share: Tensor, step: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:

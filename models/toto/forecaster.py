@@ -201,7 +201,7 @@ class TotoForecaster:
         return checked(
             Forecast(
                 point=rows[0],
-                levels=item.levels,
+                levels=item.all_levels,
                 quantiles={name: rows[1:, :, VARIATES.index(name)] for name in QUANTILE_COLUMNS},
                 prob_up=above.numpy(),
                 paths=paths,
@@ -248,7 +248,7 @@ class TotoForecaster:
 def _summary(steps: Mixture, item: ForecastInput, reached: Tensor) -> tuple[Tensor, Tensor]:
     """Point and quantiles `[1 + Q, V, H]` of mixtures `[V, H, K]`, and P(close > reached) `[H]`."""
     table = tabulate(steps)
-    wanted = tuple(sorted({*item.levels, 0.5})) if item.aggregate == "median" else item.levels
+    wanted = tuple(sorted({*item.all_levels, 0.5})) if item.aggregate == "median" else item.all_levels
     bands = quantiles(table.part(_BANDS), wanted)  # [Q, 3, H]
     if item.aggregate == "median":
         point = torch.empty(steps.loc.shape[:-1], dtype=torch.float64)
@@ -256,6 +256,6 @@ def _summary(steps: Mixture, item: ForecastInput, reached: Tensor) -> tuple[Tens
         point[_OTHERS] = quantiles(table.part(_OTHERS), (0.5,))[0]
     else:
         point = mean(table)
-    values = point.repeat(1 + len(item.levels), 1, 1)
-    values[1:, _BANDS] = bands[[wanted.index(level) for level in item.levels]]
+    values = point.repeat(1 + len(item.all_levels), 1, 1)
+    values[1:, _BANDS] = bands[[wanted.index(level) for level in item.all_levels]]
     return values, 1 - cdf(table.part(CLOSE), reached)

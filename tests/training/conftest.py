@@ -1,4 +1,3 @@
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,12 +22,9 @@ def samples(sample_folder: Path) -> list[Series]:
 
 
 @pytest.fixture(scope="session")
-def eurusd() -> Series:
+def eurusd(packaged_candles: Callable[[str], Path]) -> Series:
     """Hourly candles with weekend gaps."""
-    spec = importlib.util.find_spec("backtesting")
-    assert spec is not None
-    assert spec.origin is not None
-    return read(Path(spec.origin).parent / "test" / "EURUSD.csv")[0]
+    return read(packaged_candles("EURUSD.csv"))[0]
 
 
 def candles_of(closes: Floats) -> Floats:

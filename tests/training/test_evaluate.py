@@ -1,7 +1,7 @@
 import io
 import json
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
 from statistics import NormalDist
@@ -13,10 +13,9 @@ from rich.console import Console
 from model_store.manifest import Evaluation
 from models import scoring
 from models.candles import CLOSE, DAY_MS, Floats
-from models.forecaster import Batch, Forecast, ForecastInput, Limits, Raw, Sampling, checked
-from models.naive import NaiveForecaster, naive_rows
-from models.quantiles import path_quantiles
-from models.uniforms import draw_uniforms
+from models.forecaster import Sampling
+from models.naive import NaiveForecaster
+from tests.walk import WalkForecaster
 from training.candle_files import Series
 from training.evaluate import LEVELS, Scores, baselines, by_step, evaluate, side_by_side, summary
 from training.outcomes import outcomes
@@ -24,57 +23,6 @@ from training.report import as_json, table
 from training.windows import Origins, Split, rolling_origins, split_by_dates
 
 HORIZON = 20
-_inverse = np.vectorize(NormalDist().inv_cdf, otypes=[np.float64])
-
-
-class WalkForecaster:
-    """The random walk of the tables as a model: EWMA volatility of its context, paths or exact quantiles."""
-
-    family = "naive"
-    limits = Limits(min_context=2, max_context=4096, max_horizon=512)
-
-    def __init__(self, *, with_paths: bool, spread: float = 1.0) -> None:
-        self._with_paths = with_paths
-        self._spread = spread
-        self.seen: list[ForecastInput] = []
-
-    def check(self, item: ForecastInput) -> None: ...
-
-    def bucket(self, item: ForecastInput) -> Hashable:
-        return len(item.candles) % 3  # so that batches leave out of order
-
-    def prepare(self, inputs: Sequence[ForecastInput]) -> Batch:
-        assert len({self.bucket(item) for item in inputs}) == 1
-        self.seen += inputs
-        return Batch(inputs, {}, len(inputs))
-
-    def run(self, batch: Batch) -> Raw:
-        return {}
-
-    def finish(self, raw: Raw, batch: Batch) -> list[Forecast]:
-        return [self._forecast(item) for item in batch.inputs]
-
-    def _forecast(self, item: ForecastInput) -> Forecast:
-        returns = scoring.log_returns(item.candles[:, CLOSE])
-        volatility = self._spread * scoring.ewma_volatility(returns, scoring.WALK_DECAY)[-1]
-        sigma = scoring.walk_sigma(np.array(volatility), item.horizon)
-        paths = None
-        quantiles = scoring.walk_quantiles(sigma, item.levels)
-        if self._with_paths:
-            shocks = _inverse(draw_uniforms(item.seed, item.sampling.samples, item.horizon, 1)[:, :, 0])
-            walks = np.cumsum(shocks * volatility, axis=1)
-            quantiles = path_quantiles(walks, item.levels)
-            paths = np.repeat((item.last_close * np.exp(walks))[:, :, None], 5, axis=2)
-        closes = item.last_close * np.exp(quantiles)
-        return checked(
-            Forecast(
-                point=naive_rows(item.candles, item.horizon),
-                levels=item.levels,
-                quantiles={"close": closes, "high": closes, "low": closes},
-                prob_up=np.full(item.horizon, 0.5),
-                paths=paths,
-            )
-        )
 
 
 @pytest.fixture(scope="session")
@@ -288,31 +236,43 @@ def test_steps_average_to_the_pooled_score(naive_scores: Scores) -> None:
     assert steps["naive_mae_log_return"][-1] > 2 * steps["naive_mae_log_return"][0]
 
 
-def slow_block_means(scores: Scores, symbol: str, rho0: float) -> list[float]:
+def slow_block_means(scores: Scores, symbol: str, group: int, rho0: float) -> list[float]:
     blocks: dict[int, list[float]] = {}
     facts = scores.outcomes
+    steps, length = ((range(8), 24), (range(8, HORIZON), 30))[group]
     for row in np.flatnonzero(facts.symbols == symbol):
-        for step in range(HORIZON):
+        for step in steps:
             error, naive = abs(scores.errors[row, step]), abs(scores.naive_errors[row, step])
             loss = (error - rho0 * 1.03 * naive) / facts.scale[row, step]
-            blocks.setdefault(int(facts.target_times[row, step]) // (24 * DAY_MS), []).append(loss)
+            blocks.setdefault(int(facts.target_times[row, step]) // (length * DAY_MS), []).append(loss)
     usual = np.median([len(block) for block in blocks.values()])
     return [float(np.mean(block)) for block in blocks.values() if len(block) >= usual / 2]
 
 
 def test_baselines_agree_with_a_loop_over_targets(samples: list[Series], sample_origins: Origins) -> None:
     scores = evaluate(WalkForecaster(with_paths=False), samples, sample_origins, lookback=64)
-    found = {baseline.symbol: baseline for baseline in baselines(scores)}
-    assert list(found) == ["*", "AAPL", "FB", "GOOG", "GSPC", "IXIC", "MSFT"]
-    apple = found["AAPL"]
-    means = slow_block_means(scores, "AAPL", apple.rho0)
-    assert apple.n_blocks == len(means)
-    assert apple.sd_block == pytest.approx(np.std(means, ddof=1))
-    assert apple.rho0 == pytest.approx(apple.mae_log_return / apple.naive_mae_log_return)
-    assert list(apple.pinball) == ["0.1", "0.25", "0.5", "0.75", "0.9"]
-    assert apple.pinball["0.5"] == pytest.approx(apple.mae_log_return / 2)
-    pooled = [mean for symbol in list(found)[1:] for mean in slow_block_means(scores, symbol, found["*"].rho0)]
-    assert found["*"].n_blocks == pytest.approx(len(pooled), abs=len(found))  # the median block differs
+    everything = baselines(scores)
+    assert {baseline.group for baseline in everything} == {0, 1}
+    for group, last in ((0, 8), (1, HORIZON)):
+        found = {baseline.symbol: baseline for baseline in everything if baseline.group == group}
+        assert list(found)[:3] == ["*", "AAPL", "FB"] or list(found)[:3] == ["*", "AAPL", "GOOG"]
+        apple = found["AAPL"]
+        means = slow_block_means(scores, "AAPL", group, apple.rho0)
+        assert (apple.n_blocks, apple.horizon) == (len(means), last)
+        assert apple.sd_block == pytest.approx(np.std(means, ddof=1))
+        assert apple.rho0 == pytest.approx(apple.mae_log_return / apple.naive_mae_log_return)
+        assert list(apple.pinball) == ["0.1", "0.25", "0.5", "0.75", "0.9"]
+        assert apple.pinball["0.5"] == pytest.approx(apple.mae_log_return / 2)
+        rho0 = found["*"].rho0
+        pooled = [mean for symbol in list(found)[1:] for mean in slow_block_means(scores, symbol, group, rho0)]
+        assert found["*"].n_blocks == pytest.approx(len(pooled), abs=len(found))  # the median block differs
+
+
+def test_symbols_that_move_together_are_known_to(samples: list[Series], sample_origins: Origins) -> None:
+    """GSPC and IXIC hold the others; a walk beside them would be alone."""
+    scores = evaluate(WalkForecaster(with_paths=False), samples, sample_origins, lookback=64)
+    everyone = next(baseline for baseline in baselines(scores) if baseline.symbol == "*")
+    assert 0.1 < everyone.correlation < 0.9
 
 
 def test_scale_of_the_paired_loss_is_known_at_the_origin(naive_scores: Scores, samples: list[Series]) -> None:

@@ -1,8 +1,9 @@
-"""A folder of CSV files -> series: one file per symbol, the usual column names, every dropped row counted."""
+"""CSV files -> series: one file per symbol, the usual column names, every dropped row counted."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Final
 
@@ -26,7 +27,7 @@ from models.candles import (
     with_amount,
 )
 
-_TIMESTAMP_NAMES: Final = ("timestamp", "timestamps", "datetime", "date", "ds", "open time", "time", "unnamed: 0")
+_TIMESTAMP_NAMES: Final = ("timestamp", "timestamps", "datetime", "date", "ds", "open time", "time", "t", "unnamed: 0")
 _NAMES: Final[Mapping[str, tuple[str, ...]]] = {
     "open": ("open", "o"),
     "high": ("high", "h"),
@@ -90,30 +91,75 @@ def load(folder: Path, *, adjust: bool = False) -> tuple[list[Series], list[File
     return [series for series, _ in loaded], [report for _, report in loaded]
 
 
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """A table's rows as candles, in its order; only those that are `candle` are any."""
+
+    timestamps: Millis  # [T] UTC ms
+    candles: Floats  # [T, 6]
+    readable: NDArray[np.bool_]  # [T] whether there is a timestamp, between 1980 and 2100
+    candle: NDArray[np.bool_]  # [T]
+    adjusted: bool
+
+    def in_order(self, rows: NDArray[np.intp]) -> NDArray[np.intp]:
+        """These rows by time; of repeated timestamps the last."""
+        order = rows[np.argsort(self.timestamps[rows], kind="stable")]
+        return order[np.diff(self.timestamps[order], append=LATEST_MS + 1) > 0]
+
+
 def read(path: Path, *, adjust: bool = False) -> tuple[Series, FileReport]:
     """The candles of one CSV file, sorted, of repeated timestamps the last; CandleFileError if it holds none."""
-    table = _table(path)
-    timestamps = _timestamps(path, table)
-    candles, adjusted = _candles(path, table, adjust)
-    readable = (timestamps >= EARLIEST_MS) & (timestamps <= LATEST_MS)
-    invalid = readable & np.any([broken for broken, _ in candle_faults(candles)], axis=0)
-    good = np.flatnonzero(readable & ~invalid)
-    order = good[np.argsort(timestamps[good], kind="stable")]
-    kept = order[np.diff(timestamps[order], append=LATEST_MS + 1) > 0]
-    symbol = _symbol(path)
+    table = read_table(path, str(path))
+    rows = read_rows(table, str(path), adjust=adjust)
+    candles = np.flatnonzero(rows.candle)
+    kept = rows.in_order(candles)
     report = FileReport(
         file=path.name,
-        symbol=symbol,
+        symbol=_symbol(path),
         rows=len(table),
         kept=len(kept),
-        unreadable=int((~readable).sum()),
-        invalid=int(invalid.sum()),
-        duplicates=len(order) - len(kept),
-        without_volume=_column(path, table, "volume") is None,
-        adjusted=adjusted,
+        unreadable=int((~rows.readable).sum()),
+        invalid=int((rows.readable & ~rows.candle).sum()),
+        duplicates=len(candles) - len(kept),
+        without_volume=_column(str(path), table, "volume") is None,
+        adjusted=rows.adjusted,
     )
-    interval = _interval(path, timestamps[kept], report)
-    return Series(symbol, interval, timestamps[kept], candles[kept]), report
+    interval = _interval(path, rows.timestamps[kept], report)
+    return Series(report.symbol, interval, rows.timestamps[kept], rows.candles[kept]), report
+
+
+def read_table(source: Path | BytesIO, name: str) -> pd.DataFrame:
+    """The cells of a CSV file as text under tidy names; CandleFileError, which calls it `name`, if it is none."""
+    try:
+        table = pd.read_csv(source, dtype=str, encoding="utf-8-sig")
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise CandleFileError(f"{name} is not a CSV file: {error}") from error
+    if not isinstance(table.index, pd.RangeIndex):  # pandas would shift every column by the surplus
+        raise CandleFileError(f"{name}: its rows have more cells than its header has names")
+    table.columns = [column_name(str(column)) for column in table.columns]
+    if table.columns[0] == "price" and len(table) > 1 and table.iloc[0, 0] == "Ticker":
+        table = _without_yfinance_header(name, table)
+    return table
+
+
+def column_name(text: str) -> str:
+    """`<Open_Time>` as `open time`."""
+    return text.strip().strip("<>").lower().replace("_", " ")
+
+
+def read_rows(table: pd.DataFrame, name: str, *, adjust: bool = False) -> Rows:
+    """What the cells of a table mean; CandleFileError, which calls it `name`, if it lacks a column."""
+    timestamps = _timestamps(name, table)
+    candles, adjusted = _candles(name, table, adjust)
+    readable = (timestamps >= EARLIEST_MS) & (timestamps <= LATEST_MS)
+    valid = ~np.any([broken for broken, _ in candle_faults(candles)], axis=0)
+    return Rows(timestamps, candles, readable, readable & valid, adjusted)
+
+
+def numbers(text: "pd.Series[str]") -> Floats:
+    """`[T]` cells as numbers, NaN where there is none; pandas' own conversion is off in the last digit."""
+    there = pd.to_numeric(text, errors="coerce").notna()
+    return text.where(there).to_numpy(object).astype(np.float64)
 
 
 def digest(series: Iterable[Series]) -> str:
@@ -126,24 +172,11 @@ def digest(series: Iterable[Series]) -> str:
     return content.hexdigest()
 
 
-def _table(path: Path) -> pd.DataFrame:
-    try:
-        table = pd.read_csv(path, dtype=str, encoding="utf-8-sig")
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise CandleFileError(f"{path} is not a CSV file: {error}") from error
-    if not isinstance(table.index, pd.RangeIndex):  # pandas would shift every column by the surplus
-        raise CandleFileError(f"{path}: its rows have more cells than its header has names")
-    table.columns = [str(name).strip().strip("<>").lower().replace("_", " ") for name in table.columns]
-    if table.columns[0] == "price" and len(table) > 1 and table.iloc[0, 0] == "Ticker":
-        table = _without_yfinance_header(path, table)
-    return table
-
-
-def _without_yfinance_header(path: Path, table: pd.DataFrame) -> pd.DataFrame:
+def _without_yfinance_header(file: str, table: pd.DataFrame) -> pd.DataFrame:
     """yfinance writes two more header lines: the tickers, and `Date` above the first column."""
     tickers = sorted(set(table.iloc[0, 1:].dropna()))
     if len(tickers) != 1:
-        raise CandleFileError(f"{path} holds several symbols ({', '.join(tickers)}): write one file for each")
+        raise CandleFileError(f"{file} holds several symbols ({', '.join(tickers)}): write one file for each")
     return table.iloc[2:].rename(columns={"price": "date"})
 
 
@@ -154,31 +187,27 @@ def _symbol(path: Path) -> str:
     return symbol
 
 
-def _column(path: Path, table: pd.DataFrame, name: str) -> "pd.Series[str] | None":
+def _column(file: str, table: pd.DataFrame, name: str) -> "pd.Series[str] | None":
     found = [column for column in table.columns if column in _NAMES[name]]
     if len(found) > 1:
-        raise CandleFileError(f"{path} has more than one {name} column: {', '.join(found)}")
+        raise CandleFileError(f"{file} has more than one {name} column: {', '.join(found)}")
     return table[found[0]] if found else None
 
 
-def _candles(path: Path, table: pd.DataFrame, adjust: bool) -> tuple[Floats, bool]:
+def _candles(file: str, table: pd.DataFrame, adjust: bool) -> tuple[Floats, bool]:
     """`[T, 6]` with NaN where a cell holds no number, and whether the adjusted close was applied."""
-    found = {name: _column(path, table, name) for name in _NAMES}
+    found = {name: _column(file, table, name) for name in _NAMES}
     missing = [name for name in COLUMNS[PRICES] if found[name] is None]
     if missing:
-        raise CandleFileError(f"{path} has no column {', '.join(missing)}; it has {', '.join(table.columns)}")
-    numbers = {
-        name: pd.to_numeric(text, errors="coerce").to_numpy(np.float64)
-        for name, text in found.items()
-        if text is not None
-    }
+        raise CandleFileError(f"{file} has no column {', '.join(missing)}; it has {', '.join(table.columns)}")
+    given = {name: numbers(text) for name, text in found.items() if text is not None}
     nothing = np.zeros(len(table))
     unknown = np.full(len(table), np.nan)
-    candles = np.column_stack([numbers.get(name, unknown) for name in COLUMNS])
-    candles[:, VOLUME] = numbers.get("volume", nothing)
-    adjusted = adjust and "adjusted" in numbers
+    candles = np.column_stack([given.get(name, unknown) for name in COLUMNS])
+    candles[:, VOLUME] = given.get("volume", nothing)
+    adjusted = adjust and "adjusted" in given
     if adjusted:
-        candles = _adjusted(candles, numbers["adjusted"])
+        candles = _adjusted(candles, given["adjusted"])
     return with_amount(candles), adjusted
 
 
@@ -189,11 +218,11 @@ def _adjusted(candles: Floats, adjusted_close: Floats) -> Floats:
         return np.column_stack([candles[:, PRICES] * factor, candles[:, VOLUME, None] / factor, candles[:, AMOUNT]])
 
 
-def _timestamps(path: Path, table: pd.DataFrame) -> Millis:
+def _timestamps(file: str, table: pd.DataFrame) -> Millis:
     """`[T]` UTC ms, _UNREADABLE where a cell holds no timestamp."""
     found = [name for name in _TIMESTAMP_NAMES if name in table.columns]
     if not found:
-        raise CandleFileError(f"{path} has no timestamp column; it has {', '.join(table.columns)}")
+        raise CandleFileError(f"{file} has no timestamp column; it has {', '.join(table.columns)}")
     text = table[found[0]].str.strip()
     if found[0] == "date" and "time" in found:
         text = text + " " + table["time"].str.strip()
@@ -202,10 +231,10 @@ def _timestamps(path: Path, table: pd.DataFrame) -> Millis:
     for per_ms in _PER_MS:
         if EARLIEST_MS <= middle / per_ms <= LATEST_MS:
             return np.where(np.isfinite(numbers), numbers / per_ms, _UNREADABLE).astype(np.int64)
-    return _parsed(path, text.str.removesuffix(" UTC"))
+    return _parsed(file, text.str.removesuffix(" UTC"))
 
 
-def _parsed(path: Path, text: "pd.Series[str]") -> Millis:
+def _parsed(file: str, text: "pd.Series[str]") -> Millis:
     """ISO 8601, or month/day/year in whichever order reads more cells; without a zone it is UTC."""
     text = text.where(text.str.len() >= len("20240131"))  # a row number such as 2004 is not a year
     if not text.str.contains("/", regex=False, na=False).any():
@@ -216,7 +245,7 @@ def _parsed(path: Path, text: "pd.Series[str]") -> Millis:
     orders = [pd.to_datetime(text, format=order, errors="coerce", utc=True) for order in _DAY_ORDERS]
     readable = [int(times.notna().sum()) for times in orders]
     if readable[0] == readable[1] and (orders[0] != orders[1]).any():
-        raise CandleFileError(f"{path}: {text.iloc[0]} could be month/day or day/month; write dates as 2024-12-31")
+        raise CandleFileError(f"{file}: {text.iloc[0]} could be month/day or day/month; write dates as 2024-12-31")
     return _as_millis(orders[int(np.argmax(readable))])
 
 

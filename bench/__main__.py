@@ -24,6 +24,7 @@ MEASURES: Final[Mapping[str, Measure]] = {
     "http-overhead": http.overhead,
     "http-load": http.under_load,
     "http-cached": http.cached,
+    "http-latest": http.latest,
     "http-fastapi": http.against_plain_fastapi,
     "curve-paths": curves.curve_of_paths,
     "curve-symbols": curves.curve_of_symbols,

@@ -15,7 +15,7 @@ from bench.load import SEED, percentile
 from bench.processes import Load, ServerFailed, free_port, server, wait_until_answering, wait_until_listening
 from bench.published import request
 from bench.rows import Row
-from bench.service import Service, forecast_body, start_service
+from bench.service import WATCHED, Service, forecast_body, start_service
 from bench.timing import wall_time
 from bench.workbench import KRONOS_SMALL, TOTO, Workbench
 from models.forecaster import Forecaster, forecast, pad_rows
@@ -163,6 +163,24 @@ def cached(bench: Workbench) -> list[Row]:
     detail = {"per_second": {"ours": ours, "bare": theirs}, "rounds": len(pairs), "bytes": len(content)}
     work = "cached forecast, requests/s"
     return [Row(work, "a FastAPI endpoint returning the same bytes", ratio, 0.5, "higher", "×", detail)]
+
+
+def latest(bench: Workbench) -> list[Row]:
+    """A watched forecast, by one caller over one connection; nobody else asks, and nothing is refreshed meanwhile.
+
+    Beside it what a plain endpoint takes to send the same bytes, which tells how busy the machine is with other things.
+    """
+    service = bench.service
+    settled = service.warm_up(forecast_body("toto", CANDLES))
+    service.put_history(CANDLES, WATCHED)
+    content = service.wait_for_latest()
+    run = partial(service.client.run, clients=1, seconds=bench.seconds(10))
+    times = _answered(run(service.latest_url(), None)).summary["latency_ms"]
+    with _bytes_server(bench, content) as bare:
+        plain = _answered(run(bare, b"{}")).summary["latency_ms"]
+    milliseconds = {"p50": times["p50"], "a plain endpoint p50": plain["p50"], "its p99": plain["p99"]}
+    detail = {**_model(settled), "milliseconds": milliseconds, "latency_ms": times, "bytes": len(content)}
+    return [Row("GET latest: p99", "one caller, an idle service", times["p99"], 5, "lower", " ms", detail)]
 
 
 def start(bench: Workbench) -> list[Row]:

@@ -33,15 +33,18 @@ _BROKEN: Final = 0  # the status of a request whose connection broke
 
 @dataclass(frozen=True)
 class Target:
-    """Where to send what."""
+    """Where to send what; without a body it is asked for by GET."""
 
     host: str
     port: int
     path: str
-    body: bytes
+    body: bytes | None
 
-    def bodies(self, first_seed: int) -> Iterator[bytes]:
+    def bodies(self, first_seed: int) -> Iterator[bytes | None]:
         """The body over and over, each with its own seed."""
+        if self.body is None:
+            yield from itertools.repeat(None)
+            return
         for seed in itertools.count(first_seed):
             yield self.body.replace(SEED, b"%d" % seed)
 
@@ -78,7 +81,7 @@ async def open_loop(target: Target, arrivals: Sequence[float], first_seed: int =
     idle: list[Connection] = []
     bodies, started = target.bodies(first_seed), time.perf_counter()
 
-    async def one(due: float, body: bytes) -> Record:
+    async def one(due: float, body: bytes | None) -> Record:
         await asyncio.sleep(due - (time.perf_counter() - started))
         connection = idle.pop() if idle else Connection(target.host, target.port)
         record = await _send(connection, target.path, body, due, started)
@@ -107,10 +110,10 @@ async def closed_loop(target: Target, clients: int, seconds: float, first_seed: 
     return records
 
 
-async def _send(connection: Connection, path: str, body: bytes, due: float, started: float) -> Record:
+async def _send(connection: Connection, path: str, body: bytes | None, due: float, started: float) -> Record:
     sent = time.perf_counter() - started
     try:
-        answer = await connection.post(path, body)
+        answer = await (connection.get(path) if body is None else connection.post(path, body))
     except OSError:
         return Record(due, sent, time.perf_counter() - started, _BROKEN, b"")
     return Record(due, sent, time.perf_counter() - started, answer.status, answer.body)
@@ -157,12 +160,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     how.add_argument("--rate", type=float, help="Arrivals per second of an open loop.")
     how.add_argument("--clients", type=int, help="Callers of a closed loop.")
     parser.add_argument("--seconds", type=float, default=10)
-    parser.add_argument("--body", type=Path, help=f"File with the JSON to send; {SEED.decode()} becomes a number.")
+    parser.add_argument("--body", type=Path, help=f"File with the JSON to POST; {SEED.decode()} becomes a number.")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--records", type=Path, help="Write one JSON object per request to this file.")
     options = parser.parse_args(arguments)
     url = urlsplit(options.url)
-    body = options.body.read_bytes() if options.body else b"{}"
+    body = options.body.read_bytes() if options.body else None
     target = Target(url.hostname or "127.0.0.1", url.port or 80, url.path, body)
     gc.disable()
     if options.rate:

@@ -45,13 +45,14 @@ class LoadClient:
         self._folder = folder
         self._next_seed = 1
 
-    def run(self, url: str, body: bytes, *, seconds: float, clients: int | None = None, rate: float = 0) -> Load:
-        """A closed loop of `clients`, or an open one at `rate` per second."""
+    def run(self, url: str, body: bytes | None, *, seconds: float, clients: int | None = None, rate: float = 0) -> Load:
+        """A closed loop of `clients`, or an open one at `rate` per second; without a body of GETs."""
         sent, seen = self._folder / "body.json", self._folder / "records.json"
-        sent.write_bytes(body)
+        if body is not None:
+            sent.write_bytes(body)
         how = ["--clients", str(clients)] if clients else ["--rate", str(rate)]
         seeds = ["--first-seed", str(self._next_seed)]
-        files = ["--body", str(sent), "--records", str(seen)]
+        files = [*(["--body", str(sent)] if body is not None else []), "--records", str(seen)]
         command = [sys.executable, "-m", "bench.load", url, *how, "--seconds", str(seconds), *seeds, *files]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:

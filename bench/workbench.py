@@ -12,7 +12,7 @@ from typing import Any
 from bench.contenders import contenders, export_all, worth_exporting
 from bench.published import KRONOS, TOTO_BASE, toto_config
 from bench.references import KronosReference, TotoReference
-from bench.service import Service, put_version, start_service
+from bench.service import WATCHED, Service, put_version, start_service
 from bench.timing import Race, Stopwatch, Work, race, stopwatch_for
 from model_store.store import ModelStore
 from models.forecaster import Forecaster
@@ -96,5 +96,10 @@ class Workbench:
     @cached_property
     def service(self) -> Service:
         """`candlecast serve` over that store, warm."""
-        settings = {"CANDLECAST_TOTO": TOTO, "CANDLECAST_KRONOS": KRONOS_SMALL, "CANDLECAST_DEVICE": self.device}
+        settings = {
+            "CANDLECAST_TOTO": TOTO,
+            "CANDLECAST_KRONOS": KRONOS_SMALL,
+            "CANDLECAST_DEVICE": self.device,
+            "CANDLECAST_WATCH": f"{WATCHED}@1h:toto",
+        }
         return self._stack.enter_context(start_service(self.store, self.home, settings))

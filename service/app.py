@@ -14,7 +14,9 @@ from starlette.responses import PlainTextResponse
 from model_store.store import ModelStore
 from models.forecaster import Forecaster
 from service.api import errors
-from service.api.routes import candles, forecast, health, models
+from service.api.refreshing import Refresher
+from service.api.routes import accuracy, candles, forecast, health, latest, models
+from service.api.watchlist import WatchList
 from service.api.wire import BodyLimit, CountedAnswers, SymbolPaths
 from service.engine.batcher import Batcher
 from service.engine.cache import Cache
@@ -25,6 +27,9 @@ from service.engine.registry import Build, Registry
 from service.engine.selection import Selection
 from service.engine.series import load_calendar
 from service.metrics import Metrics
+from service.score.evaluator import Evaluator
+from service.score.ledger import Ledger
+from service.score.register import Register
 from service.services import Clock, Services, wall_clock
 from service.settings import Settings
 from service.state import State
@@ -32,7 +37,7 @@ from service.state import State
 
 def create_app(settings: Settings, *, build: Build | None = None, now: Clock = wall_clock) -> FastAPI:
     """The API for callers; its parts are `app.state.services`. `build` makes a version's forecaster."""
-    services = _services(settings, build or _build_forecaster, now)
+    services = build_services(settings, build=build, now=now)
     app = FastAPI(
         title="Candlecast",
         summary="Candles in, forecasts out.",
@@ -42,7 +47,8 @@ def create_app(settings: Settings, *, build: Build | None = None, now: Clock = w
     )
     app.state.services = services
     # Included after the documentation's routes, they would be looked for twice in every request, and behind those.
-    app.router.routes[:0] = [route for module in (forecast, candles, models, health) for route in module.router.routes]
+    ours = (forecast, latest, candles, accuracy, models, health)
+    app.router.routes[:0] = [route for module in ours for route in module.router.routes]
     errors.install(app)
     app.add_middleware(SymbolPaths)
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
@@ -64,22 +70,28 @@ def create_admin_app(services: Services) -> FastAPI:
     return app
 
 
-def _services(settings: Settings, build: Build, now: Clock) -> Services:
+def build_services(settings: Settings, *, build: Build | None = None, now: Clock = wall_clock) -> Services:
+    """The parts, of which nothing runs yet."""
     metrics = Metrics(CollectorRegistry())
     state = State(settings.redis_url, settings.home, metrics)
     store = ModelStore(settings.store_root)
     selection = Selection(store, settings.home, settings.device, settings.runtime)
     batcher = Batcher(settings.max_batch_rows)
     nicknames = {"toto": settings.toto, "kronos": settings.kronos}
+    history, ledger = History(state, metrics), Ledger(state, metrics)
     return Services(
         settings=settings,
         metrics=metrics,
         state=state,
-        history=History(state, metrics),
-        registry=Registry(store, build, nicknames, settings.device, selection, metrics),
+        history=history,
+        registry=Registry(store, build or _build_forecaster, nicknames, settings.device, selection, metrics),
         door=Door(settings.max_queue + settings.max_batch_rows, batcher, metrics),
         cache=Cache(state, settings.cache_bytes, metrics),
         engine=Engine(batcher, metrics, settings.watchdog_seconds),
+        ledger=ledger,
+        register=Register(ledger, metrics, now),
+        evaluator=Evaluator(ledger, history, store, now),
+        watch=WatchList(settings.watch, settings.max_streams, metrics),
         now=now,
     )
 
@@ -91,13 +103,19 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         torch.set_num_threads(services.settings.threads)
     await services.state.start()
     services.engine.start()
+    services.evaluator.start()
     calendar = asyncio.create_task(load_calendar("XNYS"))  # takes a second; nobody waits for it here
+    refresher = Refresher(services)
+    refresher.start()
     services.started = True
     try:
         yield
     finally:
-        services.draining = True
+        services.drain()
+        await refresher.stop()
         await services.engine.stop()
+        await services.evaluator.stop()
+        await services.register.stop()
         await services.cache.stop()
         await calendar
         await services.registry.stop()

@@ -14,6 +14,7 @@ from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as Disconnected
+from redis.exceptions import ResponseError
 
 _PATIENCE_SECONDS: Final = 0.05
 
@@ -59,8 +60,13 @@ class Line:
                 continue
             for commands, everybody in asked.items():
                 found = list(islice(replies, len(commands)))
+                refusal = next((reply for reply in found if isinstance(reply, ResponseError)), None)
                 for waiting in everybody:
-                    if not waiting.done():
+                    if waiting.done():
+                        continue
+                    if refusal:
+                        waiting.set_exception(refusal)
+                    else:
                         waiting.set_result(found)
         self._speaking = None
 
@@ -74,9 +80,16 @@ class Line:
         connection = self._connection
         try:
             await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
-            return [await connection.read_response() for _ in commands]
+            return [await self._reply() for _ in commands]
         except BaseException as error:
             await connection.disconnect(nowait=True)  # what still comes must not be taken for later replies
             if isinstance(error, RuntimeError):  # the event loop's, for a closed transport
                 raise Disconnected("the connection is closed") from error
             raise
+
+    async def _reply(self) -> Any:
+        """One reply; a refusal is one too, and concerns nobody else."""
+        try:
+            return await self._connection.read_response()
+        except ResponseError as error:
+            return error

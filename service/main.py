@@ -98,7 +98,7 @@ def _on_signal(servers: list[_Server], services: Services) -> None:
         for server in servers:
             server.force_exit = services.draining
             server.should_exit = True
-        services.draining = True
+        services.drain()
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):

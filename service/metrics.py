@@ -15,9 +15,12 @@ CACHE_RESULTS: Final = ("hit", "miss", "coalesced", "bypass")
 REFUSALS: Final = ("full", "queue", "deadline")
 REDIS_OPS: Final = (
     *("history_put", "history_read", "history_calendars", "history_symbols", "history_revision"),
-    *("cache_read", "cache_write"),
+    *("history_restate", "history_split", "history_events", "cache_read", "cache_write"),
+    *("ledger_register", "ledger_read", "ledger_scales", "ledger_steps", "ledger_sweep"),
 )
-PUT_RESULTS: Final = ("new", "duplicate", "restated", "unclosed")
+PUT_RESULTS: Final = ("new", "duplicate", "restated", "quarantined", "unclosed")
+LEDGER_OUTCOMES: Final = ("new", "duplicate", "late", "foreign", "scored", "rescored", "expired", "unreadable")
+WATCH_OUTCOMES: Final = ("refreshed", "unchanged", "failed")
 UNKNOWN_MODEL: Final = "_unknown"
 
 _HTTP_SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 2, 3, 5, 10, 30)
@@ -40,6 +43,8 @@ class Metrics:
         self._engine(registry)
         self._cache(registry)
         self._state(registry)
+        self._ledger(registry)
+        self._watch(registry)
 
     def _http(self, to: CollectorRegistry) -> None:
         self.http_requests = Counter(
@@ -128,6 +133,36 @@ class Metrics:
         )
         for result in PUT_RESULTS:
             self.candles_ingested.labels(result)
+
+    def _ledger(self, to: CollectorRegistry) -> None:
+        self.ledger_steps = Counter(
+            "candlecast_ledger_steps_total",
+            "Steps of served forecasts: waiting for their candle, or too late for it, or scored; and what lay in the"
+            " ledger and was no part of it.",
+            ["outcome"],
+            registry=to,
+        )
+        for outcome in LEDGER_OUTCOMES:
+            self.ledger_steps.labels(outcome)
+        self.ledger_waiting = Gauge(
+            "candlecast_ledger_spool_entries", "Forecasts that wait until Redis takes them.", registry=to
+        )
+        self.ledger_dropped = Counter(
+            "candlecast_ledger_spool_dropped_total",
+            "Forecasts given up: too many waited, or Redis will never take it.",
+            registry=to,
+        )
+
+    def _watch(self, to: CollectorRegistry) -> None:
+        self.watch_refreshes = Counter(
+            "candlecast_watch_refreshes_total",
+            "Refreshes of watched forecasts: to another forecast, to the same one, or failed.",
+            ["outcome"],
+            registry=to,
+        )
+        for outcome in WATCH_OUTCOMES:
+            self.watch_refreshes.labels(outcome)
+        self.streams = Gauge("candlecast_streams_open", "Callers who stream forecasts.", registry=to)
 
     def expect_model(self, model: str) -> None:
         """Start the model's series at zero, so that a rate exists before the first event."""

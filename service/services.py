@@ -7,13 +7,17 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from service.api.watchlist import WatchList
 from service.engine.cache import Cache
 from service.engine.door import Door
 from service.engine.engine import Engine
-from service.engine.history import History
+from service.engine.history import History, PutCounts
 from service.engine.registry import Registry
 from service.engine.repeats import Repeats
 from service.metrics import Metrics
+from service.score.evaluator import Evaluator
+from service.score.ledger import Ledger
+from service.score.register import Register
 from service.settings import Settings
 from service.state import State
 
@@ -37,15 +41,35 @@ class Services:
     door: Door
     cache: Cache
     engine: Engine
+    ledger: Ledger
+    register: Register
+    evaluator: Evaluator
+    watch: WatchList
     repeats: Repeats = field(default_factory=Repeats)
     now: Clock = field(default=wall_clock)
     started: bool = False
     draining: bool = False
 
+    def ingested(self, symbol: str, interval: str, counts: PutCounts) -> None:
+        """Candles came: count them, and have what they change computed anew."""
+        for result in ("new", "duplicate", "restated", "quarantined"):
+            self.metrics.candles_ingested.labels(result).inc(getattr(counts, result))
+        for outcome in ("scored", "rescored"):
+            self.metrics.ledger_steps.labels(outcome).inc(getattr(counts, outcome))
+        if counts.scored or counts.rescored:
+            self.evaluator.touch(symbol, interval)
+        if counts.new or counts.restated:
+            self.watch.touch(symbol, interval)
+
+    def drain(self) -> None:
+        """Finish: probes say so, streams end, open requests are answered."""
+        self.draining = True
+        self.watch.drain()
+
     @property
     def degraded(self) -> tuple[str, ...]:
         """What callers must know about the state of the service, empty when all is well."""
-        return () if self.state.up else ("history",)
+        return ("ledger",) if self.register.waits or not self.state.up else ()
 
 
 async def _of(request: Request) -> Services:  # async, or FastAPI takes a thread for it

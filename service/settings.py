@@ -1,9 +1,19 @@
 """Every knob of the service, and the only reader of the environment."""
 
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from service.api.watchlist import WatchEntry, parse_watch
+from service.score.recalibration import Mode
+
+Watch = Annotated[
+    tuple[WatchEntry, ...],
+    NoDecode,  # or it would have to be JSON
+    BeforeValidator(lambda given: parse_watch(given) if isinstance(given, str) else given),
+]
 
 
 class Settings(BaseSettings):
@@ -26,6 +36,13 @@ class Settings(BaseSettings):
     threads: PositiveInt | None = Field(None, description="Threads of one forecast; default: torch's own choice.")
     max_queue: PositiveInt = Field(256, description="Requests that may wait beside a full batch; more answer 503.")
     max_batch_rows: PositiveInt = Field(32, description="Most requests that are computed at once.")
+    recalibrate: Mode = Field("off", description="Bands fitted to their misses: off, shadow (shown beside) or on.")
+    watch: Watch = Field(
+        (),
+        description="Forecasts computed as soon as candles come: SYMBOL[@INTERVAL][:MODEL[:HORIZON]], with commas, such"
+        " as AAPL:kronos:30,BTC-USDT@1h:auto. What is left out is as in a POST.",
+    )
+    max_streams: NonNegativeInt = Field(256, description="Streams of forecasts that may be open; more answer 503.")
     watchdog_seconds: PositiveFloat = Field(60, description="A step of a batch that takes longer fails /livez.")
     cache_bytes: NonNegativeInt = Field(64 * 2**20, description="Memory for forecasts that still hold; 0 keeps none.")
     max_body_bytes: PositiveInt = Field(8 * 2**20, description="Largest request body; a larger one answers 413.")

@@ -7,15 +7,18 @@ import asyncio
 import contextlib
 import fcntl
 import logging
+import re
 import shutil
 import subprocess
+from importlib import resources
 from pathlib import Path
 from typing import IO, Final
 
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
-from redis.exceptions import RedisError
+from redis.commands.core import AsyncScript
+from redis.exceptions import RedisError, ResponseError
 
 from service.line import Line
 from service.metrics import Metrics
@@ -25,8 +28,12 @@ _log = logging.getLogger(__name__)
 REDIS_ERRORS: Final = (RedisError, OSError, TimeoutError)
 
 _SOCKET_SECONDS: Final = 0.25  # the client's default lets one silent server hold a request for a minute
+_LONG_SECONDS: Final = 5.0  # for what moves a whole history in one step
 _STARTUP_SECONDS: Final = 15.0
 _LONGEST_SOCKET_PATH: Final = 100  # sun_path holds 104 bytes on the smallest platform
+_PASSING: Final = re.compile(  # older servers send them within the words of a failed script
+    r"\b(OOM|READONLY|MISCONF|NOREPLICAS|MASTERDOWN|CLUSTERDOWN|TRYAGAIN|LOADING|BUSY|NOPERM|NOSCRIPT)\b"
+)
 
 
 class StateError(RuntimeError):
@@ -40,6 +47,7 @@ class State:
         self._server = None if url else PrivateRedis(home / "redis")
         url = url or f"unix://{home.resolve() / 'redis' / PrivateRedis.SOCKET}"
         self.redis = connect(url)
+        self._patient = connect(url, _LONG_SECONDS)
         self.line = Line(url)
         self.up = False
         self._metrics = metrics
@@ -61,12 +69,19 @@ class State:
             await self._watcher
         await self.line.close()
         await self.redis.aclose()
+        await self._patient.aclose()
         if self._server:
             await self._server.stop()
+
+    def script(self, name: str, *, takes_long: bool = False) -> AsyncScript:
+        """One of service/scripts/*.lua, loaded when it is first run and again after the server has forgotten it."""
+        source = resources.files("service").joinpath("scripts", f"{name}.lua").read_bytes()
+        return (self._patient if takes_long else self.redis).register_script(source)
 
     async def _watch(self, every_seconds: float = 1.0) -> None:
         while not await self._stopped_within(every_seconds):
             if self._server and self._server.died:
+                self.up = False  # not only at the next ping, which waits until it is started
                 await self._restart(self._server)
             await self._ping()
 
@@ -100,13 +115,18 @@ class State:
         self._metrics.degraded.labels("redis_state").set(not self.up)
 
 
-def connect(url: str) -> Redis:
-    """A client that waits a quarter of a second at most, once more after a failure."""
+def is_lasting(error: BaseException) -> bool:
+    """Whether a server refuses the command for what it is, for ever; not because it is full, or a replica."""
+    return type(error) is ResponseError and not _PASSING.search(str(error))
+
+
+def connect(url: str, seconds: float = _SOCKET_SECONDS) -> Redis:
+    """A client that waits for so long at most, once more after a failure."""
     pool = BlockingConnectionPool.from_url(
         url,
         max_connections=64,
         timeout=_SOCKET_SECONDS,
-        socket_timeout=_SOCKET_SECONDS,
+        socket_timeout=seconds,
         socket_connect_timeout=_SOCKET_SECONDS,
         health_check_interval=15,
         retry=Retry(ExponentialWithJitterBackoff(base=0.005, cap=0.02), 1),

@@ -1,8 +1,8 @@
 """A computed forecast as the answer that the documentation promises."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Final
 
@@ -12,9 +12,11 @@ from pydantic import ValidationError
 from model_store.manifest import Evaluation
 from models.candles import CLOSE, Floats
 from models.forecaster import Forecast, ForecastInput, InvalidModelOutput
+from models.scoring import group_name
 from service.api.parameters import Parameters
 from service.api.schemas import (
     CacheResult,
+    CalibrationAnswer,
     LastingAnswer,
     Meta,
     ModelName,
@@ -30,6 +32,9 @@ from service.engine.cache import Kept, forecast_key
 from service.engine.registry import LoadedModel
 from service.engine.repeats import Facts
 from service.engine.series import Series, stale_from
+from service.score.evaluator import SeriesStandings
+from service.score.recalibration import Calibration
+from service.score.standings import Standing
 
 _HOUR_MS: Final = 3_600_000
 
@@ -46,6 +51,11 @@ class Asked:
     reasons: tuple[str, ...]
     degraded: tuple[str, ...]
     as_of: int | str | None  # the request's own
+    reference: str  # what means this model for as long as the standings are these
+    standings: SeriesStandings  # of the series
+    is_repeatable: bool  # whether these alone decided on the model, if anything but the request did
+    standing: Standing | None  # of the model at this horizon
+    calibration: Calibration
 
     @property
     def facts(self) -> Facts:
@@ -67,9 +77,16 @@ class Asked:
     def key(self) -> bytes:
         """Equal for requests that one forecast answers."""
         series = self.series
-        return forecast_key(
-            self.model, self.item, series.symbol, series.interval, series.calendar.name, series.warnings, self.reasons
-        )
+        shown = (self.standing, self.calibration.mode, self.calibration.by_group)
+        facts = (series.symbol, series.interval, series.calendar.name, series.warnings, self.reasons, shown)
+        return forecast_key(self.model, self.item, *facts)
+
+    @property
+    def computation(self) -> bytes:
+        """Equal for requests whose forecasts are equal, whatever the scores beside them are by then."""
+        series, model = self.series, LoadedModel(self.model.manifest, self.model.forecaster)  # by whatever runtime
+        item = replace(self.item, levels=(), also=(), with_paths=False)
+        return forecast_key(model, item, series.symbol, series.interval, series.calendar.name)
 
 
 @dataclass(frozen=True)
@@ -113,8 +130,10 @@ def _json(part: LastingAnswer | PassingAnswer) -> bytes:
     return part.__pydantic_serializer__.to_json(part)
 
 
-def _lasting(asked: Asked, forecast: Forecast, valid_until: int) -> LastingAnswer:
+def _lasting(asked: Asked, computed: Forecast, valid_until: int) -> LastingAnswer:
     series, item = asked.series, asked.item
+    forecast = _at_levels(computed, item.levels)
+    calibration, shown = _calibration(asked.calibration, computed, forecast)
     return LastingAnswer(
         symbol=series.symbol,
         model=_model_name(asked.model),
@@ -127,10 +146,11 @@ def _lasting(asked: Asked, forecast: Forecast, valid_until: int) -> LastingAnswe
         forecast=[
             (time, *row) for time, row in zip(item.future_timestamps.tolist(), forecast.point.tolist(), strict=True)
         ],
-        quantiles={name: _by_level(forecast.levels, values) for name, values in forecast.quantiles.items()},
-        returns=_returns(forecast, item.last_close),
+        quantiles={name: _by_level(forecast.levels, values) for name, values in shown.items()},
+        calibration=calibration,
+        returns=_returns(forecast, shown["close"], item.last_close),
         naive=Naive(close=item.last_close),
-        skill=_skill(asked.model.manifest.evaluation("test")),
+        skill=_realised_skill(asked.standing) or _skill(asked.model.manifest.evaluation("test")),
         do_predict=0 if asked.reasons else 1,
         reasons=list(asked.reasons),
         warnings=[*series.warnings, *forecast.warnings],
@@ -154,14 +174,46 @@ def _by_level(levels: Sequence[float], values: Floats) -> dict[str, list[float]]
     return {repr(level): row.tolist() for level, row in zip(levels, values, strict=True)}
 
 
-def _returns(forecast: Forecast, last_close: float) -> ReturnForecast:
+def _at_levels(forecast: Forecast, levels: tuple[float, ...]) -> Forecast:
+    """The forecast with these of its levels alone."""
+    rows = [forecast.levels.index(level) for level in levels]
+    step = forecast.step_return_quantiles
+    return replace(
+        forecast,
+        levels=levels,
+        quantiles={name: values[rows] for name, values in forecast.quantiles.items()},
+        step_return_quantiles=None if step is None else step[rows],
+    )
+
+
+def _calibration(
+    calibration: Calibration, computed: Forecast, forecast: Forecast
+) -> tuple[CalibrationAnswer | None, Mapping[str, Floats]]:
+    """What the answer says of recalibration, and the quantiles that it gives."""
+    if calibration.mode == "off":
+        return None, forecast.quantiles
+    middle = computed.levels.index(0.5)
+    applied = {
+        name: calibration.applied(values, computed.quantiles[name][middle])
+        for name, values in forecast.quantiles.items()
+    }
+    told = CalibrationAnswer(
+        mode=calibration.mode,
+        scale=dict(calibration.by_group),
+        raw={name: _by_level(forecast.levels, values) for name, values in forecast.quantiles.items()},
+        calibrated={name: _by_level(forecast.levels, values) for name, values in applied.items()},
+    )
+    return told, applied if calibration.mode == "on" else forecast.quantiles
+
+
+def _returns(forecast: Forecast, closes: Floats, last_close: float) -> ReturnForecast:
     """Log-returns; those of one step have quantiles only where the model has a joint distribution."""
     cumulative = np.log(forecast.point[:, CLOSE] / last_close)
     step = forecast.step_return_quantiles
     return ReturnForecast(
         cumulative=Returns(
             point=cumulative.tolist(),
-            quantiles=_by_level(forecast.levels, np.log(forecast.quantiles["close"] / last_close)),
+            quantiles=_by_level(forecast.levels, np.log(closes / last_close)),
         ),
         step=Returns(
             point=np.diff(cumulative, prepend=0.0).tolist(),
@@ -175,17 +227,37 @@ def _skill(evaluation: Evaluation | None) -> Skill | None:
     error = evaluation.metrics.get("mae_log_return") if evaluation else None
     if evaluation is None or error is None or not error.naive:
         return None
-    coverage = evaluation.metrics.get("coverage_80")
+    skill, coverage = (evaluation.metrics.get(name) for name in ("skill_vs_naive", "coverage_80"))
     return Skill(
         source="evaluation",
         window=f"{evaluation.start}/{evaluation.end}",
         relative_mae=error.value / error.naive,
+        low=None if skill is None or skill.high is None else 1 - skill.high,
+        high=None if skill is None or skill.low is None else 1 - skill.low,
         coverage_80=coverage.value if coverage else None,
         n=evaluation.origins,
     )
 
 
-def reasons_not_to_act(model: LoadedModel, series: Series, knowledge: int) -> tuple[str, ...]:
+def _realised_skill(standing: Standing | None) -> Skill | None:
+    """Of the forecasts that were served, once there are enough of them for an interval."""
+    if standing is None or standing.recent.low is None or standing.recent.relative_mae is None:
+        return None
+    recent = standing.recent
+    return Skill(
+        source="realised",
+        window=f"the last {recent.blocks} blocks of steps {group_name(standing.group)}",
+        relative_mae=standing.recent.relative_mae,
+        low=recent.low,
+        high=recent.high,
+        coverage_80=recent.coverage_80,
+        n=recent.steps,
+    )
+
+
+def reasons_not_to_act(
+    model: LoadedModel, standing: Standing | None, series: Series, knowledge: int
+) -> tuple[str, ...]:
     """Why a bot should not act on the forecast; none of them keeps it from being answered.
 
     `knowledge` is the request's `as_of`, by default now.
@@ -194,10 +266,15 @@ def reasons_not_to_act(model: LoadedModel, series: Series, knowledge: int) -> tu
     reasons = []
     if series.source == "history" and stale_from(series) <= knowledge:
         reasons.append("stale_history")
-    if evaluation is None:
+    if standing and standing.recent.low is not None:
+        if standing.recent.is_worse_than_naive:
+            reasons.append("worse_than_naive")
+    elif evaluation is None:
         reasons.append("no_baseline")
     elif _is_worse_than_naive(evaluation):
         reasons.append("worse_than_naive")
+    if standing and standing.drift.state == "alarm":
+        reasons.append("drift_alarm")
     return tuple(reasons)
 
 

@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -27,7 +28,10 @@ _LONGEST_POINTER: Final = 200
 
 
 class InputError(ValueError):
-    """The request is at fault at `pointer`; `facts` become members of the problem."""
+    """The request is at fault at `pointer` into its body, or in its parameter of that name.
+
+    `facts` become members of the problem.
+    """
 
     def __init__(self, detail: str, pointer: str, code: str = "invalid_input", **facts: int | str) -> None:
         super().__init__(detail)
@@ -55,6 +59,18 @@ class BodyTooLarge(HTTPException):
         super().__init__(413, f"the body is longer than {limit} bytes")
 
 
+class NotWatched(LookupError):
+    """Nothing on the watch list fits."""
+
+
+class NoForecastYet(RuntimeError):
+    """It is on the watch list, and its first forecast is not there."""
+
+
+class TooManyStreams(RuntimeError):
+    """As many streams are open as may be."""
+
+
 class _Answer(NamedTuple):
     status: int
     code: str
@@ -65,10 +81,14 @@ class _Answer(NamedTuple):
 _TABLE: Final[Mapping[type[Exception], _Answer]] = {
     UnknownSymbol: _Answer(404, "unknown_symbol"),
     VersionNotFound: _Answer(404, "unknown_model", "the store has no such model, version or alias"),
+    NotWatched: _Answer(404, "not_watched"),
+    NoForecastYet: _Answer(503, "no_forecast_yet", retry_after=2),
+    TooManyStreams: _Answer(503, "too_many_streams", retry_after=30),
     UnknownCalendar: _Answer(422, "unknown_calendar", "no calendar has this name"),
     Overloaded: _Answer(503, "overloaded"),
     EngineStopped: _Answer(503, "not_ready", retry_after=2),
     HistoryUnavailable: _Answer(503, "history_unavailable", retry_after=2),
+    RedisError: _Answer(503, "history_unavailable", "Redis does not answer", 2),
     ModelUnavailable: _Answer(503, "model_unavailable", retry_after=30),
     StoreError: _Answer(503, "model_unavailable", "the model store cannot be read", 30),
     InvalidCandles: _Answer(422, "invalid_candles"),
@@ -86,6 +106,9 @@ _POINTERS: Final[Mapping[type[Exception], str]] = {
 
 _NEXT_STEPS: Final[Mapping[str, str]] = {
     "unknown_symbol": "Send candles in the body, or store some with PUT /candles/{symbol}; GET /symbols lists them.",
+    "not_watched": "Add it to CANDLECAST_WATCH, such as AAPL:kronos:30, and restart; or POST /forecast/{symbol}.",
+    "no_forecast_yet": "Store candles with PUT /candles/{symbol}; if there are enough, the service's log says why.",
+    "too_many_streams": "Close one, raise CANDLECAST_MAX_STREAMS, or poll GET /forecast/{symbol}/latest.",
     "unknown_model": "GET /models lists what can be asked for.",
     "unknown_interval": "GET /symbols lists the intervals that are stored.",
     "unknown_calendar": "Use 24/7, 24/5, auto or an exchange such as XNYS.",
@@ -139,7 +162,7 @@ def install(app: FastAPI) -> None:
 
 async def _on_input_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, InputError)
-    where = {"pointer": error.pointer, "detail": error.detail}
+    where = {"pointer" if error.pointer.startswith("/") else "parameter": error.pointer, "detail": error.detail}
     return problem(422, error.code, error.detail, errors=[where], facts=error.facts)
 
 

@@ -10,7 +10,7 @@ from service.api.schemas import ForecastRequest
 from service.engine.registry import LoadedModel
 
 _TOTO_PASS: Final = 64  # steps that Toto answers in one pass, without drawing anything
-_SAMPLING: Final = ("samples", "temperature", "top_p", "top_k")
+SAMPLING: Final = ("samples", "temperature", "top_p", "top_k")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def settle(request: ForecastRequest, model: LoadedModel) -> Parameters:
         raise ModelError(f"the model forecasts {limits.max_horizon} steps at most", "horizon", "horizon_too_long")
     used = _sampling_used(model.family, horizon)
     _refuse_unused(request, model.family, used)
-    given = {name: value for name in _SAMPLING if (value := getattr(request, name)) is not None}
+    given = {name: value for name in SAMPLING if (value := getattr(request, name)) is not None}
     return Parameters(
         horizon=horizon,
         lookback=_lookback(request, model, horizon),
@@ -61,11 +61,11 @@ def _sampling_used(family: str, horizon: int) -> tuple[str, ...]:
     """The sampling settings that have a meaning: Toto draws beyond one pass, from its mixtures as they are."""
     if family == "toto":
         return ("samples",) if horizon > _TOTO_PASS else ()
-    return _SAMPLING if family == "kronos" else ()
+    return SAMPLING if family == "kronos" else ()
 
 
 def _refuse_unused(request: ForecastRequest, family: str, used: tuple[str, ...]) -> None:
-    unused = [name for name in _SAMPLING if name not in used and getattr(request, name) is not None]
+    unused = [name for name in SAMPLING if name not in used and getattr(request, name) is not None]
     if request.paths and not used:
         unused.append("paths")
     if request.aggregate is not None and family == "naive":

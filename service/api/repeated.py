@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from fastapi import Response
@@ -11,6 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from service.api.answers import Asked, Found, whole_answer
+from service.api.forecasting import WITHOUT_WEIGHTS
 from service.api.schemas import ForecastRequest, TimingsMs
 from service.api.wire import StrictRequest, read_body
 from service.engine.batcher import DeadlineExceeded
@@ -57,27 +59,56 @@ async def _recalled(digest: bytes, parts: Services) -> Response | None:
     """The answer to a request that was answered before, None where reading it could lead to another one."""
     started, now = time.monotonic(), parts.now()
     repeat = parts.repeats.get(digest, now)
-    if repeat is None or parts.degraded or parts.registry.at_hand(repeat.reference) is not repeat.model:
-        return None
-    stored = repeat.stored
-    if stored and await parts.history.revision(stored.symbol, stored.interval) != stored.revision:
+    if repeat is None or not await holds(repeat, parts):
         return None
     kept = parts.cache.at_hand(repeat.key, now)
     if kept is None:
         return None
-    parts.metrics.forecasts.labels(repeat.facts.model, "ok").inc()
-    return answer(Found(kept, "hit"), repeat.facts, now, started, parts)
+    facts = repeat.facts
+    if facts.degraded != (degraded := parts.degraded):
+        facts = replace(facts, degraded=degraded)
+    parts.metrics.forecasts.labels(facts.model, "degraded" if degraded else "ok").inc()
+    return answer(Found(kept, "hit"), facts, now, started, parts)
 
 
-def remember(digest: bytes, reference: str, asked: Asked, kept: Kept, parts: Services) -> None:
+async def holds(repeat: Repeat, parts: Services) -> bool:
+    """Whether a request would be settled as it was, while the clock has not passed it."""
+    model = repeat.model
+    if model is not WITHOUT_WEIGHTS and parts.registry.at_hand(repeat.reference) is not model:
+        return False
+    if parts.evaluator.of(*repeat.series) is not repeat.standings:
+        return False
+    stored = repeat.stored
+    if stored is None:
+        return True
+    revision = await parts.history.revision(stored.symbol, stored.interval)
+    return revision is not None and revision == stored.revision
+
+
+def remember(digest: bytes, asked: Asked, kept: Kept, parts: Services) -> None:
     """Let the short cut answer this request from now on, if it can."""
     series = asked.series
-    if asked.degraded or not asked.model.settled or (series.source == "history" and series.revision is None):
+    if not (asked.is_repeatable and asked.model.settled) or (series.source == "history" and series.revision is None):
         return
-    stored = StoredAs(series.symbol, series.interval, series.revision) if series.revision else None
+    parts.repeats.put(digest, repeat_of(asked, kept))
+
+
+def repeat_of(asked: Asked, kept: Kept) -> Repeat:
+    """What a request was answered with, and for how long it would be again."""
+    series = asked.series
+    stored = StoredAs(series.symbol, series.interval, series.revision) if series.source == "history" else None
     until = min(kept.valid_until, asked.settled_until)
-    repeat = Repeat(reference, asked.model, stored, asked.key, asked.facts, since=asked.issued_at, until=until)
-    parts.repeats.put(digest, repeat)
+    return Repeat(
+        asked.reference,
+        asked.model,
+        stored,
+        asked.key,
+        asked.facts,
+        asked.standings,
+        (series.symbol, series.interval),
+        since=asked.issued_at,
+        until=until,
+    )
 
 
 def answer(found: Found, facts: Facts, issued_at: int, started: float, parts: Services) -> Response:
@@ -86,8 +117,11 @@ def answer(found: Found, facts: Facts, issued_at: int, started: float, parts: Se
     parts.metrics.stage_seconds.labels(facts.model, "total").observe(total)
     parts.metrics.cache_requests.labels(found.cache).inc()
     timings = {**vars(found.stages), "total": 1e3 * total}
+    headers = {"Server-Timing": ", ".join(f"{stage};dur={value:.3f}" for stage, value in timings.items())}
+    if facts.degraded:
+        headers["Candlecast-Degraded"] = ", ".join(facts.degraded)
     return Response(
         whole_answer(found, facts, issued_at, TimingsMs(**timings)),
         media_type="application/json",
-        headers={"Server-Timing": ", ".join(f"{stage};dur={value:.3f}" for stage, value in timings.items())},
+        headers=headers,
     )

@@ -20,7 +20,7 @@ def normalise_symbol(text: str) -> str:
     if not SYMBOL.fullmatch(symbol):
         raise InputError(
             "a symbol has 1 to 32 letters, digits or any of . _ ^ = - and starts with a letter, digit or ^",
-            "",
+            "symbol",
             "invalid_symbol",
         )
     return symbol
@@ -67,7 +67,7 @@ class _Answer(BaseModel):
 class ForecastRequest(_Request):
     """What to forecast. Everything is optional; what the chosen model does not use is refused."""
 
-    model: str = Field("toto", pattern=_REFERENCE, description="toto, kronos, or NAME[@VERSION or @ALIAS].")
+    model: str = Field("toto", pattern=_REFERENCE, description="toto, kronos, auto, or NAME[@VERSION or @ALIAS].")
     interval: Interval | None = Field(None, description="Default: the only one stored, or the candles' own step.")
     horizon: int | None = Field(None, ge=1, description="Steps ahead; default 64 for Toto, 30 otherwise.")
     candles: Candles | None = Field(None, description="Default: the stored history of the symbol.")
@@ -130,11 +130,22 @@ class Naive(_Answer):
 class Skill(_Answer):
     """How the version did against the naive forecast; `relative_mae` below 1 is better than naive."""
 
-    source: Literal["evaluation"]
+    source: Literal["evaluation", "realised"] = Field(description="Held-out windows, or the forecasts served here.")
     window: str
     relative_mae: float
+    low: float | None = Field(description="95 % interval of the relative MAE.")
+    high: float | None
     coverage_80: float | None
     n: int
+
+
+class CalibrationAnswer(_Answer):
+    """The bands as the model gives them and as its misses so far would have them; `mode` on: `quantiles` are these."""
+
+    mode: Literal["shadow", "on"]
+    scale: dict[str, float] = Field(description="Width of the calibrated band over the raw one, by steps.")
+    raw: dict[str, dict[str, list[float]]]
+    calibrated: dict[str, dict[str, list[float]]]
 
 
 class TimingsMs(_Answer):
@@ -156,7 +167,11 @@ class Meta(_Answer):
     context: int = Field(description="Candles the model saw.")
     cache: CacheResult = Field(description="coalesced: shared with an identical request that came a little earlier.")
     batch_rows: int
-    degraded: list[str]
+    degraded: list[str] = Field(
+        description="What was out of order, as in the header Candlecast-Degraded: `ledger`, which cannot be written"
+        " now and notes the forecast later; `runtime`, which is not yet the model's own; `stale`, in what was"
+        " computed before it was asked for: candles or time have passed this forecast, and the next one is not there."
+    )
     timings_ms: TimingsMs
 
 
@@ -173,6 +188,7 @@ class LastingAnswer(_Answer):
     horizon: int
     forecast: list[CandleRow]
     quantiles: dict[str, dict[str, list[float]]]
+    calibration: CalibrationAnswer | None = Field(description="Null where CANDLECAST_RECALIBRATE is off.")
     returns: ReturnForecast
     naive: Naive
     skill: Skill | None
@@ -204,6 +220,9 @@ class PutCandlesAnswer(_Answer):
     new: int
     duplicate: int
     restated: int
+    quarantined: int = Field(description="Left out: they would move a stored close by a factor of 1.2; see `restate`.")
+    scored: int = Field(description="Steps of served forecasts that these candles closed.")
+    rescored: int = Field(description="Steps scored anew, because their candle was restated.")
     warnings: list[str]
 
 
@@ -230,6 +249,87 @@ class SymbolsAnswer(_Answer):
     """Everything that is stored."""
 
     symbols: list[SymbolAnswer]
+
+
+class ScoresAnswer(_Answer):
+    """Means over the scored steps of some blocks of time; the naive forecast's errors are of the same targets."""
+
+    steps: int = Field(description="Scored steps of served forecasts.")
+    blocks: int
+    mae_log_return: float
+    naive_mae_log_return: float
+    mae_price: float | None = Field(description="Mean error relative to the close at the origin, at today's price.")
+    naive_mae_price: float | None
+    relative_mae: float | None = Field(description="Null where the close never moved.")
+    relative_mae_interval: tuple[float, float] | None = Field(description="95 %; null where blocks are few.")
+    skill_vs_naive: float | None
+    skill_interval: tuple[float, float] | None
+    bias_log_return: float = Field(description="Positive where the forecasts were too low.")
+    pinball: dict[str, float]
+    coverage_80: float
+    interval_score: float = Field(description="Width of the 80 % band and ten times what lies outside; log-return.")
+    coverage_80_calibrated: float
+    interval_score_calibrated: float
+
+
+class DriftAnswer(_Answer):
+    """Whether the errors have risen above the version's baseline."""
+
+    state: Literal["ok", "warn", "alarm", "insufficient", "no_baseline"]
+    score: float = Field(description="Cumulative sum over blocks; warn above 5, alarm above 10 (a symbol: 12).")
+    blocks: int
+    delay_days: float | None = Field(description="How long errors that rise by a quarter take to raise the alarm.")
+
+
+class StandingAnswer(_Answer):
+    """One version and group of steps."""
+
+    model: str
+    version: str
+    steps: str
+    all: ScoresAnswer
+    recent: ScoresAnswer = Field(description="The last 20 blocks.")
+    drift: DriftAnswer
+
+
+class ModelAccuracyAnswer(StandingAnswer):
+    """One version and group of steps over all symbols of an interval."""
+
+    interval: str
+    symbols: int
+
+
+class ModelsAccuracyAnswer(_Answer):
+    """Everything that was scored."""
+
+    models: list[ModelAccuracyAnswer]
+
+
+class SeriesAccuracyAnswer(_Answer):
+    """What the forecasts of one stored series were worth."""
+
+    interval: str
+    last_close: float | None
+    standings: list[StandingAnswer]
+    calibration: dict[str, float] = Field(description="Scale of the calibrated band, by version and steps.")
+    auto: dict[str, str] = Field(description="What `auto` means, by steps.")
+    events: list[dict[str, int | float | str]] = Field(description="Restatements and splits, oldest first.")
+
+
+class AccuracyAnswer(_Answer):
+    """What a symbol's forecasts were worth."""
+
+    symbol: str
+    series: list[SeriesAccuracyAnswer]
+
+
+class ServedStepsAnswer(_Answer):
+    """Steps of served forecasts: timestamps are openings of candles, UTC ms; prices."""
+
+    symbol: str
+    interval: str
+    columns: list[str]
+    rows: list[tuple[int, int, int, int, str, float, float, float, float, float]]
 
 
 class LimitsAnswer(_Answer):

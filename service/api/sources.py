@@ -21,6 +21,7 @@ from service.engine.series import (
     opens_in_future,
 )
 
+_LONGEST_INSTANT: Final = 16  # digits; int() itself refuses thousands of them with an error of its own
 _EXAMINED: Final = 4096  # newest stored candles that fresh ones must agree with
 
 
@@ -32,6 +33,12 @@ def instant_of_knowledge(as_of: int | str | None, now: int) -> int:
     if instant > now:
         raise InputError("as_of lies in the future", "/as_of", "future_timestamp")
     return instant
+
+
+def instant_in_query(text: str, parameter: str) -> int:
+    """Milliseconds, or a date and time, from a query string."""
+    number = text.isdecimal() and len(text) <= _LONGEST_INSTANT
+    return parse_instant(int(text) if number else text, parameter)
 
 
 async def candles_in_body(symbol: str, request: ForecastRequest, now: int) -> Series:
@@ -74,14 +81,24 @@ async def candles_in_history(symbol: str, request: ForecastRequest, history: His
     return replace(known, timestamps=known.timestamps[-count:], candles=known.candles[-count:])
 
 
-def stored_interval(asked: str | None, stored: dict[str, StoredCalendar]) -> str:
-    """The interval asked for, or the only one that is stored."""
+async def interval_meant(symbol: str, request: ForecastRequest, history: History) -> str:
+    """The interval of a request that names none."""
+    if request.candles is not None:
+        return _interval(None, parse_candles(request.candles))[0]
+    stored = await history.calendars(symbol)
+    if not stored:
+        raise UnknownSymbol(f"no candles of {symbol} are stored")
+    return stored_interval(None, stored)
+
+
+def stored_interval(asked: str | None, stored: dict[str, StoredCalendar], where: str = "/interval") -> str:
+    """The interval asked for, or the only one that is stored; `where` it is asked for, for InputError."""
     have = ", ".join(stored)
     if asked is None and len(stored) > 1:
-        raise InputError(f"name one of the stored intervals: {have}", "/interval", "unknown_interval")
+        raise InputError(f"name one of the stored intervals: {have}", where, "unknown_interval")
     interval = asked or next(iter(stored))
     if interval not in stored:
-        raise InputError(f"no candles of this interval are stored; stored: {have}", "/interval", "unknown_interval")
+        raise InputError(f"no candles of this interval are stored; stored: {have}", where, "unknown_interval")
     return interval
 
 
@@ -93,7 +110,7 @@ async def candles_to_store(
     interval, warnings = _interval(request.interval, parsed)
     remembered = await _remembered(symbol, interval, request.calendar, history)
     parsed = await _opens(parsed, interval, remembered or AUTO, request.time_is, now)
-    stored, _ = await history.read(symbol, interval, _EXAMINED)
+    stored, _ = await history.read(symbol, interval, _EXAMINED, damaged=True)
     union: Millis = np.union1d(stored, parsed.timestamps)
     name = remembered or await infer(union, interval)
     calendar = await load_calendar(name)

@@ -1,8 +1,8 @@
 """Forecasts that still hold: in memory, and behind that in Redis, where they outlive a restart and are shared.
 
-`cc:1:f:<slot>` holds one forecast: digest of what it is a forecast of, when it expires, rows of its batch, the
-JSON of its answer. The slot is the beginning of the digest, so that Redis never holds more than SLOTS of them,
-whatever it does when its memory is full; where two meet, the newer stays.
+`cc:1:f:<slot>` holds one forecast: digest of what it is a forecast of, when it expires, rows of its batch, a
+checksum, the JSON of its answer. The slot is the beginning of the digest, so that Redis never holds more than SLOTS of
+them, whatever it does when its memory is full; where two meet, the newer stays.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import struct
 import time
+import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Final
@@ -22,7 +23,7 @@ from service.metrics import Metrics
 from service.state import REDIS_ERRORS, State
 
 SLOTS: Final = 4096
-_HEADER: Final = struct.Struct("<32sqi")
+_HEADER: Final = struct.Struct("<32sqiI")
 _LARGEST_IN_REDIS: Final = 64 * 1024
 _LARGEST_SHARE: Final = 1 / 16  # of the memory, for one forecast
 _PAUSE_SECONDS: Final = 1.0  # without Redis after it failed
@@ -144,12 +145,13 @@ def _slot(key: bytes) -> str:
 
 
 def _pack(key: bytes, kept: Kept) -> bytes:
-    return _HEADER.pack(key, kept.valid_until, kept.batch_rows) + kept.body
+    return _HEADER.pack(key, kept.valid_until, kept.batch_rows, zlib.crc32(kept.body)) + kept.body
 
 
 def _unpack(packed: bytes | None, key: bytes) -> Kept | None:
-    """What `_pack` packed, None if it was for another key."""
+    """What `_pack` packed, None if it was for another key or is damaged."""
     if packed is None or len(packed) <= _HEADER.size:
         return None
-    owner, valid_until, batch_rows = _HEADER.unpack_from(packed)
-    return Kept(valid_until, batch_rows, packed[_HEADER.size :]) if owner == key else None
+    owner, valid_until, batch_rows, checksum = _HEADER.unpack_from(packed)
+    body = packed[_HEADER.size :]
+    return Kept(valid_until, batch_rows, body) if owner == key and checksum == zlib.crc32(body) else None

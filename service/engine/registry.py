@@ -43,6 +43,11 @@ class LoadedModel:
         return self.manifest.version
 
     @property
+    def exact(self) -> str:
+        """name@version."""
+        return f"{self.name}@{self.version}"
+
+    @property
     def family(self) -> str:
         return self.manifest.family
 

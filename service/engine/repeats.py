@@ -17,7 +17,7 @@ class StoredAs:
 
     symbol: str
     interval: str
-    revision: Revision
+    revision: Revision | None  # None: not known, and never the same
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,14 @@ class Repeat:
     stored: StoredAs | None  # None: the candles are among the bytes
     key: bytes  # of the forecast
     facts: Facts
+    standings: object  # of the series, whose scores the answer shows: another object as soon as one changes
+    series: tuple[str, str]  # symbol, interval
     since: int
     until: float
+
+    def covers(self, now: int) -> bool:
+        """The clock has not passed it."""
+        return self.since <= now < self.until
 
 
 class Repeats:
@@ -60,7 +66,7 @@ class Repeats:
     def get(self, digest: bytes, now: int) -> Repeat | None:
         """The request of that digest unless the clock has passed it."""
         repeat = self._known.get(digest)
-        if repeat is None or not repeat.since <= now < repeat.until:
+        if repeat is None or not repeat.covers(now):
             return None
         self._known.move_to_end(digest)
         return repeat

@@ -21,4 +21,9 @@ def series_key(symbol: str) -> str:
 
 def revision_key(symbol: str, interval: str) -> str:
     """Where the mark of a series lies."""
-    return f"cc:1:{{{symbol}:{interval}}}:r"
+    return series_stem(symbol, interval) + "r"
+
+
+def series_stem(symbol: str, interval: str) -> str:
+    """What every key of a series begins with."""
+    return f"cc:1:{{{symbol}:{interval}}}:"

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -47,7 +48,7 @@ class Server:
 
     async def read(self, reader):
         head = (await reader.readuntil(b"\r\n\r\n")).lower()
-        length = int(head.split(b"content-length:")[1].split(b"\r\n")[0])
+        length = 0 if head.startswith(b"get ") else int(head.split(b"content-length:")[1].split(b"\r\n")[0])
         self.bodies.append(await reader.readexactly(length))
         return self.bodies[-1]
 
@@ -128,6 +129,13 @@ async def test_an_answer_in_pieces_is_put_together():
         answer = await connection.post("/", b"{}")
         connection.close()
     assert (answer.status, answer.body) == (503, b'{"a": 1}')
+
+
+async def test_without_a_body_it_asks_by_get():
+    async with listening(server := Server()) as target:
+        records = await closed_loop(replace(target, body=None), clients=1, seconds=0.05)
+    assert {record.status for record in records} == {200}
+    assert set(server.bodies) == {b""}
 
 
 async def test_a_server_that_closes_after_every_answer_is_asked_over_a_new_connection():

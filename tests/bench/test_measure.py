@@ -57,6 +57,12 @@ def test_service_is_measured_over_http(bench):
     assert middle.detail["requests"] > 0
 
 
+def test_a_watched_forecast_is_asked_for(bench):
+    [row] = http.latest(bench)
+    assert 0 < row.detail["latency_ms"]["p50"] <= row.reached
+    assert row.detail["bytes"] > 0
+
+
 def test_a_measurement_that_fails_loses_no_other_and_is_shown(capsys):
     def fail(_):
         raise RuntimeError("no measurement")

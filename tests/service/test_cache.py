@@ -146,12 +146,12 @@ async def test_a_stand_in_for_the_chosen_runtime_is_not_remembered(
         assert (await forecast(client, rows))["meta"]["cache"] == "miss"
 
 
-async def test_a_degraded_answer_is_not_remembered(running: Any, rows: Any) -> None:
+async def test_without_redis_forecasts_are_remembered_in_memory(running: Any, rows: Any) -> None:
     async with running(redis_url="redis://127.0.0.1:1/") as (client, _):
-        for _ in range(2):
+        for cache in ("miss", "hit"):
             answer = await forecast(client, rows)
-            assert answer["meta"]["degraded"] == ["history"]
-            assert answer["meta"]["cache"] == "miss"
+            assert answer["meta"]["degraded"] == ["ledger"]
+            assert answer["meta"]["cache"] == cache
 
 
 async def test_a_forecast_that_is_none_is_not_remembered(
@@ -256,6 +256,7 @@ def test_the_key_holds_every_field_of_the_input(forecast_input: Callable[..., Fo
         "future_timestamps": item.future_timestamps + 1,
         "local_times": item.local_times + 1,
         "levels": (0.5,),
+        "also": (0.9,),
         "sampling": Sampling(samples=8),
         "aggregate": "mean",
         "seed": 1,

@@ -1,5 +1,6 @@
 """PUT and GET /candles/{symbol}, GET /symbols."""
 
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -26,6 +27,9 @@ async def test_what_was_put_is_got(client: Any, rows: Any) -> None:
     assert got["calendar"] == "24/7"
     assert [row[:6] for row in got["candles"]] == sent
     few = (await client.get(f"/candles/BTC-USDT?interval=60m&limit=3&before={sent[10][0]}")).json()
+    at = datetime.fromtimestamp(sent[10][0] / 1000, UTC).isoformat()
+    same = await client.get("/candles/BTC-USDT", params={"interval": "60m", "limit": 3, "before": at})
+    assert same.json() == few
     assert [row[0] for row in few["candles"]] == [row[0] for row in sent[7:10]]
 
 

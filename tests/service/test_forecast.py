@@ -202,6 +202,8 @@ async def test_only_a_skill_below_zero_beyond_doubt_is_worse_than_naive(
         "source": "evaluation",
         "window": "2012-01-01/2013-01-01",
         "relative_mae": 0.03 / 0.04,
+        "low": 1 - high,
+        "high": 1.2,
         "coverage_80": 0.79,
         "n": 40,
     }

@@ -61,7 +61,7 @@ async def test_a_restated_candle_is_replaced_in_place(history: History) -> None:
     timestamps, candles = series(700)
     await put(history, timestamps, candles)
     restated = candles.copy()
-    restated[[3, 650]] *= 2
+    restated[[3, 650]] *= 1.1
     assert await put(history, timestamps, restated) == PutCounts(0, 698, 2)
     stored = await history.read("BTC", "1h", 700)
     assert (stored[0] == timestamps).all()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
+from redis.exceptions import ResponseError
 
 from service.line import Command, Line
 from service.metrics import Metrics
@@ -82,6 +83,17 @@ async def test_whoever_stops_waiting_disturbs_nobody(line: Gated) -> None:
     gone.cancel()
     line.open.set()
     assert await stays == [b"a"]
+
+
+async def test_a_refused_question_is_refused_to_its_asker_alone(state: State, line: Gated) -> None:
+    await state.redis.hset("hash", "field", "value")
+    refused, other = (asyncio.create_task(line.ask(("GET", key), ("GET", "a"))) for key in ("hash", "b"))
+    await until(lambda: line.sent)
+    line.open.set()
+    assert await other == [b"b", b"a"]
+    with pytest.raises(ResponseError, match="WRONGTYPE"):
+        await refused
+    assert await line.ask(("GET", "a")) == [b"a"]
 
 
 async def test_a_restarted_server_is_asked_over_a_new_connection(state: State) -> None:

@@ -120,7 +120,7 @@ async def test_without_redis_bodies_are_forecast_and_labelled_degraded(running: 
     async with running(redis_url="redis://127.0.0.1:1/0") as (client, app):
         answer = await client.post("/forecast/BTC", json=NAIVE | {"candles": rows()})
         assert answer.status_code == 200
-        assert answer.json()["meta"]["degraded"] == ["history"]
+        assert answer.json()["meta"]["degraded"] == ["ledger"]
         for method, path in (("POST", "/forecast/BTC"), ("GET", "/candles/BTC"), ("GET", "/symbols")):
             refused = await client.request(method, path)
             assert refused.status_code == 503
@@ -130,7 +130,7 @@ async def test_without_redis_bodies_are_forecast_and_labelled_degraded(running: 
         assert put.status_code == 503
         ready = await client.get("/readyz")
         assert ready.status_code == 200
-        assert ready.json()["degraded"] == ["history"]
+        assert ready.json()["degraded"] == ["ledger"]
         metrics = app.state.services.metrics.registry
         assert metrics.get_sample_value("candlecast_degraded", {"reason": "redis_state"}) == 1
 

@@ -1,0 +1,92 @@
+"""GET /forecast/{symbol}/latest and /stream: forecasts that were computed before anybody asked."""
+
+from collections.abc import AsyncIterator
+from email.utils import formatdate
+from typing import Annotated, Final
+
+from fastapi import APIRouter, Depends, Header, Query, Response
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+
+from service.api.errors import NoForecastYet
+from service.api.schemas import ForecastAnswer, Interval, normalise_symbol
+from service.api.watchlist import Latest, Watched
+from service.services import Parts
+
+router = APIRouter()
+
+_STALE: Final = "Candlecast-Stale"
+
+
+async def _watched(
+    symbol: str,
+    parts: Parts,
+    model: Annotated[str | None, Query(description="As on the watch list; default: the first listed.")] = None,
+    interval: Annotated[Interval | None, Query(description="Default: the first listed.")] = None,
+) -> Watched:
+    return parts.watch.find(normalise_symbol(symbol), model, interval)
+
+
+Listed = Annotated[Watched, Depends(_watched)]
+
+
+async def _streamed(watched: Listed, parts: Parts) -> AsyncIterator[Watched]:
+    """The watched entry with a place among the streams, both before the answer begins."""
+    with parts.watch.stream():
+        yield watched
+
+
+@router.get(
+    "/forecast/{symbol}/latest",
+    response_model=ForecastAnswer,
+    responses={304: {"description": "If-None-Match names the newest forecast."}},
+    summary="The newest forecast of a watched symbol",
+)
+async def get_latest(watched: Listed, parts: Parts, if_none_match: Annotated[str | None, Header()] = None) -> Response:
+    """Waits for nothing. While a refresh runs or fails it is the one before, with `stale` in `meta.degraded`."""
+    now = parts.now()
+    latest = watched.latest
+    if latest is None:
+        raise NoForecastYet("the first forecast is not there yet")
+    stale = watched.is_stale(now)
+    degraded = latest.degraded(parts.degraded, stale)
+    headers = _headers(latest, now, degraded)
+    if _names(if_none_match, headers["ETag"]):
+        return Response(status_code=304, headers=headers)
+    return Response(latest.body(now, degraded), media_type="application/json", headers=headers)
+
+
+@router.get(
+    "/forecast/{symbol}/stream",
+    response_class=EventSourceResponse,
+    summary="Every new forecast of a watched symbol, as server-sent events",
+)
+async def stream_forecasts(
+    watched: Annotated[Watched, Depends(_streamed)],
+    parts: Parts,
+    last_event_id: Annotated[str | None, Header()] = None,
+) -> AsyncIterator[ServerSentEvent]:
+    """The newest forecast unless `Last-Event-ID` names it, then each later one; a slow caller gets only the newest."""
+    seen = last_event_id
+    while (latest := await watched.after(seen)) is not None:
+        now = parts.now()
+        body = latest.body(now, latest.degraded(parts.degraded, watched.is_stale(now)))
+        seen = latest.name
+        yield ServerSentEvent(event="forecast", id=seen, raw_data=body.decode())
+
+
+def _headers(latest: Latest, now: int, degraded: tuple[str, ...]) -> dict[str, str]:
+    """The tag is weak: `issued_at` and what else passes differ between answers with one forecast."""
+    return {
+        "ETag": f'W/"{latest.name}"',
+        "Last-Modified": formatdate(latest.since / 1000, usegmt=True),
+        "Age": str(max(0, now - latest.since) // 1000),
+        "Cache-Control": "no-cache",
+        **({"Candlecast-Degraded": ", ".join(degraded)} if degraded else {}),
+        **({_STALE: "true"} if "stale" in degraded else {}),
+    }
+
+
+def _names(header: str | None, tag: str) -> bool:
+    """Whether an If-None-Match names a weak tag."""
+    named = [each.strip().removeprefix("W/") for each in (header or "").split(",")]
+    return "*" in named or tag.removeprefix("W/") in named

@@ -1,0 +1,1 @@
+"""From a served forecast to what it was worth."""

@@ -1,0 +1,301 @@
+"""The evaluator: keeps at hand what every series' forecasts were worth, and recomputes it where candles have come."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any, Final
+
+import numpy as np
+
+from model_store.files import StoreError
+from model_store.manifest import Baseline
+from model_store.store import PRODUCTION, ModelStore
+from models.candles import interval_ms
+from models.scoring import block_length, group_of
+from service.engine.history import History, HistoryUnavailable
+from service.score.auto import NAIVE, chosen
+from service.score.drift import Drift, Losses, baseline_for, drift_of_model, drift_of_symbol, losses
+from service.score.ledger import SUMS, Blocks, Ledger
+from service.score.standings import RECENT_BLOCKS, Scores, Standing, related_blocks, scores
+from service.state import REDIS_ERRORS
+
+_log = logging.getLogger(__name__)
+
+Series = tuple[str, str]  # symbol, interval
+Owner = tuple[str, int]  # name@version, group of horizons
+
+_SETTLE_MS: Final = 5 * 60_000  # or two candles: until then a block may still be restated
+_EVERY_SECONDS: Final = 60.0  # all series, for what other processes have ingested
+_GATHER_SECONDS: Final = 0.05  # candles of one instant come together
+
+
+@dataclass(frozen=True)
+class SeriesStandings:
+    """Everything that is known of one series; another object as soon as anything changes."""
+
+    standings: Mapping[Owner, Standing] = field(default_factory=dict)
+    scales: Mapping[Owner, float] = field(default_factory=dict)  # of calibrated bands
+    best: Mapping[int, str] = field(default_factory=dict)  # what auto means, by group of horizons
+
+    def of(self, model: str, horizon: int) -> Standing | None:
+        """That of the last steps of such a forecast."""
+        return self.standings.get((model, group_of(horizon)))
+
+
+@dataclass(frozen=True)
+class ModelStanding:
+    """One model, version, interval and group of horizons over all symbols."""
+
+    model: str
+    interval: str
+    group: int
+    symbols: int
+    all: Scores
+    recent: Scores
+    drift: Drift
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    """What one evaluation of a series found."""
+
+    calendar: str
+    blocks: Mapping[Owner, Blocks]
+    losses: Mapping[Owner, Losses]
+    published: SeriesStandings
+
+
+_NOTHING: Final = SeriesStandings()
+
+
+class Evaluator:
+    """Reading costs next to nothing, since requests do; standings are recomputed in a thread.
+
+    What went wrong is logged and tried again.
+    """
+
+    def __init__(self, ledger: Ledger, history: History, store: ModelStore, now: Callable[[], int]) -> None:
+        self.last_success = 0.0  # UTC seconds
+        self._ledger = ledger
+        self._history = history
+        self._store = store
+        self._now = now
+        self._known: dict[Series, _Evaluated] = {}
+        self._models: tuple[ModelStanding, ...] = ()
+        self._baselines = lru_cache(256)(lambda exact: store.manifest(exact).baselines)
+        self._touched: set[Series] = set()
+        self._current: Series | None = None
+        self._wake = asyncio.Event()
+        self._progress = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._stopped = False
+
+    def start(self) -> None:
+        """Evaluate everything, then whatever is touched."""
+        self._task = asyncio.create_task(self._work(), name="evaluator")
+
+    async def stop(self) -> None:
+        """Leave the rest for the next start."""
+        self._stopped = True
+        if self._task:
+            while not self._task.done():
+                self._task.cancel()  # again, since the Redis client can swallow one while it reconnects
+                await asyncio.wait({self._task}, timeout=0.1)
+
+    def of(self, symbol: str, interval: str) -> SeriesStandings:
+        """Of one series; empty where nothing was scored."""
+        found = self._known.get((symbol, interval))
+        return found.published if found else _NOTHING
+
+    def models(self) -> tuple[ModelStanding, ...]:
+        """Every model over all its symbols."""
+        return self._models
+
+    def best(self, symbol: str, interval: str, horizon: int) -> str | None:
+        """What `auto` means for so many steps: the choice for the series, else for all symbols of its interval.
+
+        None where nothing was scored.
+        """
+        group = group_of(horizon)
+        return self.of(symbol, interval).best.get(group) or self._best_of_all(interval, group)
+
+    def _best_of_all(self, interval: str, group: int) -> str | None:
+        those = [each for each in self._models if (each.interval, each.group) == (interval, group)]
+        those = [each for each in those if self._in_production(each.model)]
+        if those and all(each.recent.is_worse_than_naive for each in those):
+            return NAIVE
+        scored = {each.model: each.all for each in those}
+        compared = {model: each.crps / each.naive_mae_log_return for model, each in scored.items() if each.relative_mae}
+        return min(compared, key=lambda model: compared[model], default=None)
+
+    def touch(self, symbol: str, interval: str) -> None:
+        """Candles of a series came."""
+        self._touched.add((symbol, interval))
+        self._wake.set()
+
+    async def caught_up(self, symbol: str, interval: str) -> None:
+        """Return when the candles of a series that have been announced are in its standings."""
+        series = symbol, interval
+        while not self.last_success or series in self._touched or series == self._current:
+            await self._progress.wait()
+
+    async def evaluate(self, symbol: str, interval: str) -> None:
+        """Recompute one series and publish it."""
+        stored = (await self._history.calendars(symbol)).get(interval)
+        blocks = await self._ledger.blocks(symbol, interval)
+        scales = await self._ledger.scales(symbol, interval)
+        if blocks or scales:
+            calendar = stored.name if stored else "24/7"
+            found = await asyncio.to_thread(self._evaluated, symbol, interval, calendar, blocks, scales)
+            known = self._known.get((symbol, interval))
+            if known and known.published == found.published:
+                found = replace(found, published=known.published)
+            self._known[symbol, interval] = found
+        else:
+            self._known.pop((symbol, interval), None)
+
+    async def summarise(self) -> None:
+        """Recompute what all symbols of each model say together."""
+        self._models = await asyncio.to_thread(self._over_symbols, dict(self._known))
+
+    async def _work(self) -> None:
+        due, failed = 0.0, False
+        while not self._stopped:
+            try:
+                if time.monotonic() >= due:
+                    await self._look_at_all()
+                    due = time.monotonic() + _EVERY_SECONDS
+                while self._touched:
+                    self._current = self._touched.pop()
+                    await self._attempt(*self._current)
+                    self._advance()
+                await self.summarise()
+                self.last_success, failed = time.time(), False
+            except (HistoryUnavailable, *REDIS_ERRORS) as error:
+                if not failed:
+                    _log.warning("scores are not up to date: %s", type(error).__name__)
+                due, failed = 0.0, True  # everything, as soon as Redis answers
+            except Exception:  # noqa: BLE001 - the next candles may be better
+                _log.exception("an evaluation failed")
+            self._advance()
+            if not self._stopped:
+                await self._rest(max(0.0, due - time.monotonic()))
+
+    async def _look_at_all(self) -> None:
+        """Every series may have candles from another process, and targets that are too old to be kept."""
+        stored = [(each.symbol, each.interval) for each in await self._history.symbols()]
+        for each in stored:
+            await self._ledger.sweep(*each, self._now())
+        self._touched |= set(stored)
+
+    def _advance(self) -> None:
+        self._current = None
+        self._progress.set()
+        self._progress = asyncio.Event()
+
+    async def _attempt(self, symbol: str, interval: str) -> None:
+        try:
+            await self.evaluate(symbol, interval)
+        except (HistoryUnavailable, *REDIS_ERRORS):
+            raise
+        except Exception:  # noqa: BLE001 - one series must not keep the others waiting
+            _log.exception("%s %s was not evaluated", symbol, interval)
+
+    async def _rest(self, seconds: float) -> None:
+        self._wake.clear()
+        if self._touched:  # while it was being summarised
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(1.0, seconds)):
+                await self._wake.wait()
+        await asyncio.sleep(_GATHER_SECONDS)
+
+    # -- in a thread -------------------------------------------------------------------------------
+
+    def _evaluated(
+        self,
+        symbol: str,
+        interval: str,
+        calendar: str,
+        blocks: Mapping[Owner, Blocks],
+        scales: Mapping[Owner, float],
+    ) -> _Evaluated:
+        standings: dict[Owner, Standing] = {}
+        standardised: dict[Owner, Losses] = {}
+        for (model, group), found in blocks.items():
+            related = related_blocks(calendar, interval, group)
+            whole, recent = scores(found.sums, related), scores(found.sums[-RECENT_BLOCKS:], related)
+            if whole is None or recent is None:
+                continue
+            baseline = baseline_for(self._baselines_of(model), symbol, interval, group)
+            if baseline:
+                standardised[model, group] = losses(found, baseline, self._sealed(interval, group))
+            drift = drift_of_symbol(standardised.get((model, group)), baseline, interval, group)
+            standings[model, group] = Standing(model, group, whole, recent, drift)
+        best = self._best(interval, blocks, standings)
+        return _Evaluated(calendar, blocks, standardised, SeriesStandings(standings, scales, best))
+
+    def _best(
+        self, interval: str, blocks: Mapping[Owner, Blocks], standings: Mapping[Owner, Standing]
+    ) -> dict[int, str]:
+        """Of the versions that are in production."""
+        served = {model for model, _ in blocks if self._in_production(model)}
+        found = {}
+        for group in {group for _, group in blocks}:
+            those = {model: each for (model, its), each in blocks.items() if its == group and model in served}
+            known = {model: each for (model, its), each in standings.items() if its == group}
+            best = chosen(those, known, self._now() // (block_length(group) * interval_ms(interval)))
+            if best:
+                found[group] = best
+        return found
+
+    def _in_production(self, model: str) -> bool:
+        name, _, version = model.partition("@")
+        with contextlib.suppress(StoreError):
+            return self._store.aliases(name).get(PRODUCTION) == version
+        return False
+
+    def _over_symbols(self, everything: Mapping[Series, _Evaluated]) -> tuple[ModelStanding, ...]:
+        members: dict[tuple[str, str, int], list[_Evaluated]] = {}
+        for (_, interval), each in sorted(everything.items()):
+            for model, group in each.published.standings:
+                members.setdefault((model, interval, group), []).append(each)
+        return tuple(self._model(*owner, found) for owner, found in sorted(members.items()))
+
+    def _model(self, model: str, interval: str, group: int, members: Sequence[_Evaluated]) -> ModelStanding:
+        owner = model, group
+        sums = _by_block([each.blocks[owner] for each in members])
+        related = max(related_blocks(each.calendar, interval, group) for each in members)
+        whole, recent = scores(sums, related), scores(sums[-RECENT_BLOCKS:], related)
+        assert whole
+        assert recent
+        baseline = baseline_for(self._baselines_of(model), "*", interval, group)
+        found = [each.losses[owner] for each in members if owner in each.losses]
+        drift = drift_of_model(found, baseline, interval, group)
+        return ModelStanding(model, interval, group, len(members), whole, recent, drift)
+
+    def _baselines_of(self, model: str) -> Sequence[Baseline]:
+        try:
+            return self._baselines(model)
+        except StoreError:  # it is not in this store any more
+            return ()
+
+    def _sealed(self, interval: str, group: int) -> int:
+        """The first block whose candles may still be on their way."""
+        step = interval_ms(interval)
+        return (self._now() - step - max(2 * step, _SETTLE_MS)) // (block_length(group) * step)
+
+
+def _by_block(parts: Sequence[Blocks]) -> np.ndarray[Any, Any]:
+    """Sums of several series, added up block by block."""
+    numbers = np.unique(np.concatenate([part.numbers for part in parts]))
+    total = np.zeros(len(numbers), SUMS)
+    for part in parts:
+        places = np.searchsorted(numbers, part.numbers)
+        for name in SUMS.names or ():
+            total[name][places] += part.sums[name]
+    return total

@@ -9,13 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from http.client import HTTPConnection
-
     from model_store.manifest import Manifest, Parity
     from model_store.store import ModelStore
-    from training.candle_files import Series
 
-PUT_ROWS = 20_000  # of candles in one request
 JsonFlag = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 StoreRoot = click.option(
     "--store",
@@ -34,8 +30,13 @@ DataFolder = click.option(
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Folder with one CSV per symbol.",
 )
-
-
+ServiceUrl = click.option(
+    "--url",
+    envvar="CANDLECAST_URL",
+    default="http://127.0.0.1:8000",
+    show_default=True,
+    help="The running service.",
+)
 HomeFolder = click.option(
     "--home",
     envvar="CANDLECAST_HOME",
@@ -107,44 +108,148 @@ def _welcome(url: str, admin_url: str, loaded: list[str]) -> str:
 
 def _load_history(folder: Path, url: str) -> list[str]:
     """PUT every series of `folder` through the API, as any feed would; the symbols that went in."""
-    from http.client import HTTPConnection, HTTPException
-    from urllib.parse import urlsplit
+    from contextlib import closing
 
+    from feeds.put import NoAnswer, Refused, Service
     from training.candle_files import load
 
-    connection = HTTPConnection(urlsplit(url).netloc)
     loaded = []
     try:
-        for item in load(folder)[0]:
-            refusal = _put_series(connection, item)
-            if refusal:
-                click.echo(f"{item.symbol} was not loaded: {refusal}", err=True)
-            else:
-                loaded.append(item.symbol)
-    except (ValueError, OSError, HTTPException) as error:
+        with closing(Service(url)) as service:
+            for item in load(folder)[0]:
+                try:
+                    service.put(item.symbol, item.timestamps, item.candles, item.interval)
+                except Refused as error:
+                    click.echo(f"{item.symbol} was not loaded: {error}", err=True)
+                else:
+                    loaded.append(item.symbol)
+    except (ValueError, OSError, NoAnswer) as error:
         click.echo(f"loading {folder} ended early: {error}", err=True)
-    finally:
-        connection.close()
     return loaded
 
 
-def _put_series(connection: "HTTPConnection", item: "Series") -> str | None:
-    """PUT one series in parts; the service's refusal if there was one."""
-    from urllib.parse import quote
+@main.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path))
+@click.option("--symbol", help="Of rows that name none; default: the file's name without its ending.")
+@click.option("--interval", help="Such as 1h, of rows that name none; default: the step between the candles.")
+@click.option("--skip-bad", is_flag=True, help="Leave out lines that are no candles; by default the first one ends it.")
+@ServiceUrl
+@JsonFlag
+def ingest(file: Path, symbol: str | None, interval: str | None, skip_bad: bool, url: str, as_json: bool) -> None:
+    """Put the candles of FILE into a running service; - is standard input, sent on as it arrives.
 
-    from models.candles import VARIATES
+    FILE is a CSV with a header, or JSON lines: objects with the same names, or rows as ccxt and Binance write them.
 
-    for start in range(0, len(item), PUT_ROWS):
-        rows = slice(start, start + PUT_ROWS)
-        columns = {name: item.candles[rows, index].tolist() for index, name in enumerate(VARIATES)}
-        body = {"interval": item.interval, "candles": {"timestamp": item.timestamps[rows].tolist(), **columns}}
-        headers = {"Content-Type": "application/json"}
-        connection.request("PUT", f"/candles/{quote(item.symbol)}", json.dumps(body), headers)
-        answer = connection.getresponse()
-        text = answer.read().decode()
-        if answer.status >= 400:
-            return text
-    return None
+    \b
+    Example: tail -n +1 -f candles.csv | candlecast ingest - --symbol BTC-USDT --interval 1m
+    """
+    from contextlib import closing
+
+    from feeds.files import Reader
+    from feeds.ingest import Ingest, ingest_all
+    from feeds.put import Service
+
+    piped = str(file) == "-"
+    reader = Reader("standard input" if piped else str(file), symbol or (None if piped else file.stem), interval)
+    with closing(Service(url, say=_complain)) as service:
+        ingest = Ingest(reader, service, skip_bad=skip_bad)
+        try:
+            ingest_all(ingest, None if piped else file)
+        except (RuntimeError, ValueError) as error:
+            if as_json:
+                click.echo(json.dumps(ingest.tally.as_json()))
+            raise click.ClickException(f"{error}; before that {ingest.tally}") from error
+        except KeyboardInterrupt:  # the usual end of a stream
+            _complain("interrupted")
+    if ingest.tally.first_bad:
+        number, reason = ingest.tally.first_bad
+        _complain(f"{ingest.tally.bad} line(s) left out, the first of them line {number}: {reason}")
+    click.echo(json.dumps(ingest.tally.as_json()) if as_json else f"{ingest.tally}")
+
+
+@main.command()
+@click.argument("exchange")
+@click.argument("symbols", metavar="SYMBOL...", nargs=-1, required=True)
+@click.option("--interval", default="1h", show_default=True, help="One that the exchange has.")
+@click.option(
+    "--history",
+    type=click.IntRange(1),
+    default=500,
+    show_default=True,
+    help="Candles to begin with, where none are stored; otherwise those since the last one.",
+)
+@click.option("--once", is_flag=True, help="End once everything that has closed is stored.")
+@ServiceUrl
+@JsonFlag
+def feed(
+    exchange: str, symbols: tuple[str, ...], interval: str, history: int, once: bool, url: str, as_json: bool
+) -> None:
+    """Follow SYMBOLs on an EXCHANGE that ccxt knows: put every candle into a running service when it has closed.
+
+    Needs `pip install 'candlecast[feeds]'`, and no key. Goes on through failures of either side until SIGTERM.
+
+    \b
+    Example: candlecast feed binance BTC/USDT ETH/USDT --interval 1h --history 500
+    """
+    from contextlib import closing
+
+    from feeds.exchange import Batch, Feed, Signals, connect
+    from feeds.put import FOREVER, PATIENCE, Service
+
+    def log(batch: Batch) -> None:
+        click.echo(batch.as_json() if as_json else f"{batch}")
+
+    signals, patience = Signals(), PATIENCE if once else FOREVER
+    with signals.watched(), closing(Service(url, patience=patience, say=_complain, sleep=signals.sleep)) as service:
+        Feed(
+            connect(exchange),
+            service,
+            symbols,
+            interval,
+            history=history,
+            patience=patience,
+            log=log,
+            warn=_complain,
+            clock=signals,
+        ).run(once=once)
+
+
+def _complain(text: str) -> None:
+    click.echo(text, err=True)
+
+
+@main.group()
+def forecasts() -> None:
+    """Forecasts as a running service served them."""
+
+
+@forecasts.command("export")
+@click.argument("path", metavar="FILE.parquet", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--as-of", help="Only what had been issued by this instant, such as 2026-03-02T14:00Z; default: now.")
+@click.option("--symbols", default="", help="Comma-separated; default: all.")
+@ServiceUrl
+@JsonFlag
+def export_forecasts(path: Path, as_of: str | None, symbols: str, url: str, as_json: bool) -> None:
+    """Write one row for every step of the forecasts whose candles came within a week, or have not come yet.
+
+    \b
+    Example: candlecast forecasts export forecasts.parquet --as-of 2026-03-02T14:00Z
+    """
+    from contextlib import closing
+    from datetime import UTC, datetime
+
+    from feeds.forecasts import served_forecasts, write_parquet
+    from feeds.put import Service
+
+    instant = datetime.fromisoformat(as_of) if as_of else None
+    if instant and instant.tzinfo is None:
+        instant = instant.replace(tzinfo=UTC)
+    with closing(Service(url, say=_complain)) as service:
+        table = served_forecasts(service, [name.strip() for name in symbols.split(",") if name.strip()], instant)
+    write_parquet(table, path)
+    names = sorted(set(table["symbol"]))
+    told = json.dumps({"path": str(path), "rows": len(table), "symbols": names})
+    click.echo(told if as_json else f"{len(table)} steps of {len(names)} symbols in {path}")
 
 
 @main.command("sample-data")
@@ -218,6 +323,63 @@ def evaluate(names: str, folder: Path, store_root: Path, as_json: bool, **option
         click.echo(json.dumps(entries_json(entries)))
     else:
         Console(width=100).print(table(entries))
+
+
+@main.command()
+@click.argument("folder", default=Path("data/samples"), type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--models", "names", default="toto-demo,kronos-demo", show_default=True, help="Names in the store.")
+@click.option("--from", "day", help="First day to forecast from; default: what no model was trained or validated on.")
+@click.option("--every", type=click.IntRange(1), default=40, show_default=True, help="Candles between two forecasts.")
+@click.option("--horizon", type=click.IntRange(1), default=30, show_default=True)
+@click.option("--speed", default="max", show_default=True, help="Most candles of all symbols in a second.")
+@StoreRoot
+@JsonFlag
+def replay(
+    folder: Path, names: str, day: str | None, every: int, horizon: int, speed: str, store_root: Path, as_json: bool
+) -> None:
+    """Play FOLDER's candles through forecasts, scores, drift, recalibration and choice of model, on a state of its own.
+
+    \b
+    Example: candlecast replay data/samples --speed max
+    """
+    import asyncio
+    import time
+    from datetime import UTC, datetime
+
+    from rich.console import Console
+
+    from model_store.store import ModelStore
+    from service.replay import Plan, first_unseen, replay_from_nothing, series_of
+    from service.replay_table import bar, replay_table
+    from training.candle_files import load
+
+    references = names.split(",")
+    start = first_unseen(ModelStore(store_root), references)
+    if day:
+        start = int(datetime.fromisoformat(day).replace(tzinfo=UTC).timestamp() * 1000)
+    plan = Plan(start, every, horizon, _speed(speed))
+    series = [series_of(item.symbol, item.interval, item.timestamps, item.candles) for item in load(folder)[0]]
+    began = time.monotonic()
+    with bar(quiet=as_json) as progress:
+        replayed = asyncio.run(replay_from_nothing(store_root, references, series, plan, progress))
+    if as_json:
+        click.echo(json.dumps(replayed.as_json()))
+        return
+    Console(width=110).print(replay_table(replayed))
+    seconds = time.monotonic() - began
+    click.echo(f"{seconds:.0f} s with loading: {replayed.candles / seconds:.0f} candles of all symbols a second")
+
+
+def _speed(text: str) -> float:
+    if text == "max":
+        return float("inf")
+    try:
+        speed = float(text)
+    except ValueError:
+        speed = 0.0
+    if not speed > 0:
+        raise click.UsageError("--speed is `max` or a number above 0")
+    return speed
 
 
 @main.command()

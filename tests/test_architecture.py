@@ -15,6 +15,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model_store": {"models"},
     "training": {"model_store", "models"},
     "service": {"model_store", "models"},
+    "feeds": {"training", "models"},
     "client": set(),
     "bench": {"training", "service", "model_store", "models", "client"},
 }

@@ -62,7 +62,8 @@ def trained(place: Path, candlecast: Candlecast) -> dict[str, dict[str, Any]]:
 
 def test_every_verb_explains_itself(candlecast: Candlecast) -> None:
     shown = candlecast("--help").stdout
-    for verb in ("serve", "train", "evaluate", "forecast", "export", "sample-data", "store", "models"):
+    verbs = ("serve", "ingest", "feed", "train", "evaluate", "forecast", "export", "sample-data", "store", "models")
+    for verb in verbs:
         assert re.search(rf"^  {verb}\b", shown, re.MULTILINE)
         assert "--json" in candlecast(verb, "--help").stdout or verb in ("store", "models")
 
@@ -110,6 +111,22 @@ def test_evaluate_scores_models_side_by_side_on_the_same_origins(candlecast: Can
     assert len(entries) == 2
     assert entries[0]["origins"] == entries[1]["origins"] > 0
     assert entries[0]["metrics"]["crps"]["naive"] == entries[1]["metrics"]["crps"]["naive"]
+
+
+@pytest.mark.usefixtures("trained")
+def test_two_replays_give_the_same_numbers_and_a_table(candlecast: Candlecast) -> None:
+    words = ("replay", "data/samples", "--from", "2018-01-01", "--every", "60", "--horizon", "8")
+    first, second = (candlecast(*words, "--json") for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    assert first.stdout == second.stdout
+    told = json.loads(first.stdout)
+    assert 300 < told["candles"] <= 2 * 260
+    assert sorted(told["series"]) == ["GSPC:1d", "IXIC:1d"]
+    assert {each["model"] for each in told["models"]} == {"toto-demo", "kronos-demo", "auto"}
+    table = candlecast(*words, "--speed", "max")
+    assert "candles of all symbols a second" in table.stdout
+    assert "kronos-demo" in table.stdout
+    assert "--speed is `max` or a number" in candlecast("replay", "--speed", "fast").stderr
 
 
 @pytest.mark.usefixtures("trained")

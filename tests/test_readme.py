@@ -10,12 +10,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(?:sh|bash|console)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+SETTINGS = re.compile(r"^(?:[A-Z_]+=\S+\s+)+")
 
 
 def commands() -> list[list[str]]:
     """The words of every command in the README's shell blocks, continuation lines joined."""
     text = "\n".join(BLOCK.findall((ROOT / "README.md").read_text())).replace("\\\n", " ")
     lines = [line.strip().removeprefix("$ ") for line in text.splitlines()]
+    lines = [SETTINGS.sub("", line) for line in lines]
     return [shlex.split(line, comments=True) for line in lines if line and not line.startswith("#")]
 
 

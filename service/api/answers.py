@@ -34,7 +34,7 @@ from service.engine.repeats import Facts
 from service.engine.series import Series, stale_from
 from service.score.evaluator import SeriesStandings
 from service.score.recalibration import Calibration
-from service.score.standings import Standing
+from service.score.standings import EQUAL, Standing
 
 _HOUR_MS: Final = 3_600_000
 
@@ -279,6 +279,6 @@ def reasons_not_to_act(
 
 
 def _is_worse_than_naive(evaluation: Evaluation) -> bool:
-    """Beyond doubt: the whole interval of its skill lies below zero."""
+    """Beyond doubt: the whole interval of its skill lies below zero, by more than rounding can do."""
     skill = evaluation.metrics.get("skill_vs_naive")
-    return skill is not None and skill.high is not None and skill.high < 0
+    return skill is not None and skill.high is not None and skill.high < -EQUAL

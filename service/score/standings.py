@@ -11,6 +11,7 @@ from models.scoring import GROUPS, block_bootstrap, block_length
 from service.score.drift import Drift
 
 RECENT_BLOCKS: Final = 20
+EQUAL: Final = 1e-4  # relative difference of errors: a network whose median is the last close differs by its rounding
 _DRAWS: Final = 500
 _SESSION: Final = 6.5  # hours of trading on an exchange's day
 
@@ -41,8 +42,8 @@ class Scores:
 
     @property
     def is_worse_than_naive(self) -> bool:
-        """Beyond doubt: the whole interval of the skill lies below zero."""
-        return self.low is not None and self.low > 1
+        """Beyond doubt: the whole interval of the skill lies below zero, by more than rounding can do."""
+        return self.low is not None and self.low > 1 + EQUAL
 
     @property
     def crps(self) -> float:

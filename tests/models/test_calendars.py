@@ -266,6 +266,7 @@ def test_weekly_candles_step_by_weeks_whatever_the_exchange() -> None:
     assert following("XNYS", "1w", "2024-07-01", 2) == ["2024-07-08 00:00", "2024-07-15 00:00"]
 
 
+@pytest.mark.long
 def test_every_calendar_of_the_library_is_built_once() -> None:
     names = exchange_calendars.get_calendar_names(include_aliases=False)
     built = {name: get_calendar(name) for name in names}

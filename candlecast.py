@@ -344,19 +344,16 @@ def replay(
     """
     import asyncio
     import time
-    from datetime import UTC, datetime
 
     from rich.console import Console
 
     from model_store.store import ModelStore
-    from service.replay import Plan, first_unseen, replay_from_nothing, series_of
+    from service.replay import Plan, first_unseen, replay_from_nothing, series_of, utc_millis
     from service.replay_table import bar, replay_table
     from training.candle_files import load
 
     references = names.split(",")
-    start = first_unseen(ModelStore(store_root), references)
-    if day:
-        start = int(datetime.fromisoformat(day).replace(tzinfo=UTC).timestamp() * 1000)
+    start = utc_millis(day) if day else first_unseen(ModelStore(store_root), references)
     plan = Plan(start, every, horizon, _speed(speed))
     series = [series_of(item.symbol, item.interval, item.timestamps, item.candles) for item in load(folder)[0]]
     began = time.monotonic()

@@ -158,13 +158,14 @@ def first_unseen(store: ModelStore, references: Sequence[str]) -> int:
         manifest = store.manifest(reference)
         test = manifest.evaluation("test")
         if test:
-            seen.append(_millis(test.start))
+            seen.append(utc_millis(test.start))
         elif manifest.training:
-            seen.append(_millis(manifest.training.end) + DAY_MS)
+            seen.append(utc_millis(manifest.training.end) + DAY_MS)
     return max(seen)
 
 
-def _millis(moment: str) -> int:
+def utc_millis(moment: str) -> int:
+    """A date, or a date and time, by default UTC."""
     instant = datetime.fromisoformat(moment)
     return int((instant if instant.tzinfo else instant.replace(tzinfo=UTC)).timestamp() * 1000)
 

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 from importlib import resources
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Any, Final
 
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
@@ -113,6 +113,11 @@ class State:
             if was_up:
                 _log.error("Redis does not answer: %s", type(error).__name__)
         self._metrics.degraded.labels("redis_state").set(not self.up)
+
+
+def raw(reply: Any) -> Any:
+    """A reply of a client that decodes nothing: bytes, which redis-py's types do not say."""
+    return reply
 
 
 def is_lasting(error: BaseException) -> bool:

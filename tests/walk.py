@@ -7,19 +7,16 @@ import numpy as np
 
 from models import scoring
 from models.candles import CLOSE
-from models.forecaster import Batch, Forecast, ForecastInput, Limits, Raw, Row, Wanted, always, checked
-from models.naive import naive_rows
+from models.forecaster import Batch, Forecast, ForecastInput, Row, checked
+from models.naive import NaiveForecaster, naive_rows
 from models.quantiles import path_quantiles
 from models.uniforms import draw_uniforms
 
 _inverse = np.vectorize(NormalDist().inv_cdf, otypes=[np.float64])
 
 
-class WalkForecaster:
+class WalkForecaster(NaiveForecaster):
     """EWMA volatility of its context times `spread`; paths or exact quantiles."""
-
-    family = "naive"
-    limits = Limits(min_context=2, max_context=4096, max_horizon=512)
 
     def __init__(self, *, with_paths: bool = False, spread: float = 1.0, decay: float = scoring.WALK_DECAY) -> None:
         self._with_paths = with_paths
@@ -27,27 +24,13 @@ class WalkForecaster:
         self._decay = decay
         self.seen: list[ForecastInput] = []
 
-    def check(self, item: ForecastInput) -> None: ...
-
-    def max_rows(self, item: ForecastInput) -> int:
-        return 64
-
     def bucket(self, item: ForecastInput) -> Hashable:
         return len(item.candles) % 3  # so that batches leave out of order
-
-    def encode(self, item: ForecastInput) -> Row:
-        return {}
 
     def prepare(self, inputs: Sequence[ForecastInput], rows: Sequence[Row] | None = None) -> Batch:
         assert len({self.bucket(item) for item in inputs}) == 1
         self.seen += inputs
-        return Batch(inputs, {}, len(inputs))
-
-    def run(self, batch: Batch, wanted: Wanted = always) -> Raw:
-        return {}
-
-    def finish(self, raw: Raw, batch: Batch) -> list[Forecast]:
-        return [self._forecast(item) for item in batch.inputs]
+        return super().prepare(inputs, rows)
 
     def _forecast(self, item: ForecastInput) -> Forecast:
         returns = scoring.log_returns(item.candles[:, CLOSE])

@@ -61,9 +61,7 @@ async def candles_in_body(symbol: str, request: ForecastRequest, now: int) -> Se
 
 async def candles_in_history(symbol: str, request: ForecastRequest, history: History, count: int, now: int) -> Series:
     """The newest `count` stored candles that had closed by the request's `as_of`."""
-    stored = await history.calendars(symbol)
-    if not stored:
-        raise UnknownSymbol(f"no candles of {symbol} are stored")
+    stored = await calendars_of(symbol, history)
     interval = stored_interval(request.interval, stored)
     name = stored[interval].name if request.calendar in (None, AUTO) else str(request.calendar)
     instant = instant_of_knowledge(request.as_of, now)
@@ -85,10 +83,16 @@ async def interval_meant(symbol: str, request: ForecastRequest, history: History
     """The interval of a request that names none."""
     if request.candles is not None:
         return _interval(None, parse_candles(request.candles))[0]
+    stored = await calendars_of(symbol, history)
+    return stored_interval(None, stored)
+
+
+async def calendars_of(symbol: str, history: History) -> dict[str, StoredCalendar]:
+    """Interval to calendar of what is stored; UnknownSymbol if nothing is."""
     stored = await history.calendars(symbol)
     if not stored:
         raise UnknownSymbol(f"no candles of {symbol} are stored")
-    return stored_interval(None, stored)
+    return stored
 
 
 def stored_interval(asked: str | None, stored: dict[str, StoredCalendar], where: str = "/interval") -> str:

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from models.candles import CLOSE, DAY_MS, PRICES, VOLUME, Floats, Millis, interval_ms
 from service.engine.revisions import Revision, revision_key, series_key, series_stem
 from service.metrics import Metrics
-from service.state import REDIS_ERRORS, State
+from service.state import REDIS_ERRORS, State, raw
 
 _log = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ class History:
         event = json.dumps({"at": now, **split})
         with self._operation("history_split"):
             for _ in range(_TRIES):
-                mark = _raw(await self._redis.get(revision_key(symbol, interval)))
+                mark = raw(await self._redis.get(revision_key(symbol, interval)))
                 if any(split.items() <= each.items() for each in await self.events(symbol, interval)):
                     return PutCounts()
                 records = await self._stored_before(symbol, interval, before)
@@ -154,7 +154,7 @@ class History:
             while total < count:
                 index = await self._redis.zrevrangebyscore(_index_key(symbol, interval), newest, "-inf", skip, wanted)
                 if index:
-                    blocks = [int(block) for block in reversed(_raw(index))]
+                    blocks = [int(block) for block in reversed(raw(index))]
                     packed = await self._packed(symbol, interval, blocks)
                     found.insert(0, _decode(packed, slot_ms(interval), before, damaged))
                     total += len(found[0])
@@ -168,7 +168,7 @@ class History:
         """Interval to calendar of what is stored for the symbol, empty if nothing is."""
         with self._operation("history_calendars"):
             stored = await self._redis.hgetall(series_key(symbol))
-            return {interval.decode(): _calendar(name.decode()) for interval, name in _raw(stored.items())}
+            return {interval.decode(): _calendar(name.decode()) for interval, name in raw(stored.items())}
 
     async def revision(self, symbol: str, interval: str) -> Revision | None:
         """What changes with every write to the series; None where nothing is stored or Redis does not answer soon."""
@@ -201,7 +201,7 @@ class History:
     async def events(self, symbol: str, interval: str) -> list[dict[str, Any]]:
         """Restatements and splits of a series, the newest thousand, oldest first."""
         with self._operation("history_events"):
-            found = _raw(await self._redis.lrange(series_stem(symbol, interval) + "e", 0, -1))
+            found = raw(await self._redis.lrange(series_stem(symbol, interval) + "e", 0, -1))
             return [json.loads(each) for each in found]
 
     async def _write(
@@ -230,13 +230,13 @@ class History:
 
     async def _stored_before(self, symbol: str, interval: str, instant: int) -> NDArray[Any]:
         """Every record that opens before an instant."""
-        blocks = [int(block) for block in _raw(await self._redis.zrange(_index_key(symbol, interval), 0, -1))]
+        blocks = [int(block) for block in raw(await self._redis.zrange(_index_key(symbol, interval), 0, -1))]
         packed = await self._packed(symbol, interval, blocks) if blocks else {}
         return _decode(packed, slot_ms(interval), instant).copy()
 
     async def _packed(self, symbol: str, interval: str, blocks: Sequence[int]) -> dict[int, bytes]:
         """Those of some blocks that exist."""
-        found = _raw(await self._redis.mget([_block_key(symbol, interval, block) for block in blocks]))
+        found = raw(await self._redis.mget([_block_key(symbol, interval, block) for block in blocks]))
         return {block: packed for block, packed in zip(blocks, found, strict=True) if packed}
 
     @contextlib.contextmanager
@@ -256,11 +256,6 @@ class History:
         pipeline.zadd("cc:1:first", {member: first}, lt=True)
         pipeline.zadd("cc:1:last", {member: last}, gt=True)
         await pipeline.execute()
-
-
-def _raw(reply: Any) -> Any:
-    """A reply of a client that decodes nothing: bytes, which redis-py's types do not say."""
-    return reply
 
 
 def _block_key(symbol: str, interval: str, block: int) -> str:

@@ -31,11 +31,10 @@ from numpy.typing import NDArray
 from models import scoring
 from models.candles import CLOSE, DAY_MS, Floats, Millis, interval_ms
 from models.forecaster import Forecast, ForecastInput
-from models.scoring import GROUPS
 from service.engine.history import slot_ms
 from service.engine.revisions import series_stem
 from service.metrics import Metrics
-from service.state import State, is_lasting
+from service.state import State, is_lasting, raw
 
 _log = logging.getLogger(__name__)
 
@@ -222,7 +221,7 @@ class Ledger:
         """Every kept step of the forecasts that had been issued by an instant, in order of issue and step."""
         stem = series_stem(symbol, interval)
         with self._metrics.redis_operation("ledger_steps"):
-            members = _raw(await self._redis.zrange(stem + "o", 0, -1))
+            members = raw(await self._redis.zrange(stem + "o", 0, -1))
             targets = [int(member) for member in members if member.isdigit()]
             pipeline = self._redis.pipeline(transaction=False)
             pipeline.hgetall(stem + "n")
@@ -230,10 +229,6 @@ class Ledger:
                 pipeline.hvals(f"{stem}t:{target}")
             names, *waiting = await pipeline.execute(raise_on_error=False)
         return await asyncio.to_thread(self._known_steps, stem, targets, names, waiting, as_of)
-
-    async def open_targets(self, symbol: str, interval: str) -> int:
-        """Targets that are still kept."""
-        return int(await self._redis.zcard(series_stem(symbol, interval) + "o"))
 
     async def sweep(self, symbol: str, interval: str, now: int) -> tuple[int, int]:
         """Forget targets too old to be restated: how many, and how many of their steps never had a candle."""
@@ -348,13 +343,8 @@ def _step(models: Mapping[int, str], target: int, packed: bytes) -> Step:
     )
 
 
-def _raw(reply: Any) -> Any:
-    """A reply of a client that decodes nothing: bytes, which redis-py's types do not say."""
-    return reply
-
-
 def _group(stored: int) -> int:
     """As models/scoring.py counts them; scripts count from one."""
-    if not 1 <= stored <= len(GROUPS):
+    if not 1 <= stored <= len(scoring.GROUPS):
         raise ValueError("there is no such group")
     return stored - 1

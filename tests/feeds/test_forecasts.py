@@ -12,10 +12,10 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner, Result
 
+from bench.service import put_version
 from candlecast import main
 from feeds.forecasts import COLUMNS
 from model_store.store import ModelStore
-from tests.feeds.conftest import wait_for_a_calm_hour
 
 HOUR = 3_600_000
 
@@ -24,16 +24,7 @@ HOUR = 3_600_000
 def served(url: str, environment: dict[str, str]) -> dict[str, Any]:
     """Two forecasts of one symbol with an hour of its candles and two seconds between them, and one of another."""
     store = ModelStore(Path(environment["CANDLECAST_STORE_ROOT"]))
-    manifest = {
-        "model": "naive",
-        "family": "naive",
-        "origin": {"kind": "trained", "source": "test"},
-        "limits": {"min_context": 2, "max_context": 4096, "max_horizon": 512},
-        "created_at": "2025-01-01T00:00:00Z",
-    }
-    version = store.put(manifest, {"family": "naive"}, {}).version
-    store.promote(f"naive@{version}", force="test")
-    wait_for_a_calm_hour()
+    put_version(store, "naive", "naive", {"family": "naive"}, {})
     last = int(time.time() * 1000) // HOUR * HOUR - HOUR
     rows = [[last - HOUR * back, 10.0, 11.0, 9.0, 10.0 + back % 5 / 8, 1.0] for back in range(40)][::-1]
     answers = {}

@@ -18,9 +18,7 @@ from service.api.schemas import (
     StandingAnswer,
     normalise_symbol,
 )
-from service.api.sources import instant_in_query, stored_interval
-from service.engine.history import UnknownSymbol
-from service.score.drift import Drift
+from service.api.sources import calendars_of, instant_in_query, stored_interval
 from service.score.evaluator import ModelStanding
 from service.score.standings import Scores, Standing
 from service.services import Parts, Services
@@ -48,9 +46,7 @@ async def get_accuracy_of(
 ) -> Any:
     """Every model and version that was asked about the symbol, by group of steps, with restatements and splits."""
     name = normalise_symbol(symbol)
-    stored = await parts.history.calendars(name)
-    if not stored:
-        raise UnknownSymbol(f"no candles of {name} are stored")
+    stored = await calendars_of(name, parts.history)
     chosen = [stored_interval(interval, stored, "interval")] if interval else sorted(stored)
     return AccuracyAnswer(symbol=name, series=[await accuracy_of_series(name, each, parts) for each in chosen])
 
@@ -65,9 +61,7 @@ async def get_forecasts(
 ) -> Any:
     """Steps of the forecasts whose candles came within the last week, or have not come yet, in order of issue."""
     name = normalise_symbol(symbol)
-    stored = await parts.history.calendars(name)
-    if not stored:
-        raise UnknownSymbol(f"no candles of {name} are stored")
+    stored = await calendars_of(name, parts.history)
     chosen = stored_interval(interval, stored, "interval")
     known = instant_in_query(as_of, "as_of") if as_of else parts.now()
     steps = (await parts.ledger.steps(name, chosen, known))[-limit:]
@@ -98,7 +92,7 @@ async def accuracy_of_series(symbol: str, interval: str, parts: Services) -> Ser
     )
 
 
-def _standing(standing: Standing, price: float | None) -> StandingAnswer:
+def _standing(standing: Standing | ModelStanding, price: float | None) -> StandingAnswer:
     name, _, version = standing.model.partition("@")
     return StandingAnswer(
         model=name,
@@ -106,22 +100,13 @@ def _standing(standing: Standing, price: float | None) -> StandingAnswer:
         steps=group_name(standing.group),
         all=_scores(standing.all, price),
         recent=_scores(standing.recent, price),
-        drift=_drift(standing.drift),
+        drift=DriftAnswer(**vars(standing.drift)),
     )
 
 
 def _model(standing: ModelStanding) -> ModelAccuracyAnswer:
-    name, _, version = standing.model.partition("@")
-    return ModelAccuracyAnswer(
-        model=name,
-        version=version,
-        interval=standing.interval,
-        symbols=standing.symbols,
-        steps=group_name(standing.group),
-        all=_scores(standing.all, None),
-        recent=_scores(standing.recent, None),
-        drift=_drift(standing.drift),
-    )
+    shared = vars(_standing(standing, None))
+    return ModelAccuracyAnswer(interval=standing.interval, symbols=standing.symbols, **shared)
 
 
 def _scores(found: Scores, price: float | None) -> ScoresAnswer:
@@ -144,10 +129,6 @@ def _scores(found: Scores, price: float | None) -> ScoresAnswer:
         coverage_80_calibrated=found.coverage_80_calibrated,
         interval_score_calibrated=found.interval_score_calibrated,
     )
-
-
-def _drift(found: Drift) -> DriftAnswer:
-    return DriftAnswer(state=found.state, score=found.score, blocks=found.blocks, delay_days=found.delay_days)
 
 
 def _times(part: float, price: float | None) -> float | None:

@@ -16,9 +16,9 @@ from service.api.schemas import (
     SymbolsAnswer,
     normalise_symbol,
 )
-from service.api.sources import candles_to_store, instant_in_query, stored_interval
+from service.api.sources import calendars_of, candles_to_store, instant_in_query, stored_interval
 from service.api.wire import StrictRoute
-from service.engine.history import PutCounts, UnknownSymbol
+from service.engine.history import PutCounts
 from service.services import Parts, Services
 
 router = APIRouter(route_class=StrictRoute)
@@ -86,9 +86,7 @@ def _instant_of_split(body: PutCandlesRequest | None, before: str | None, restat
 
 
 async def _split(name: str, factor: float, before: int, interval: str | None, parts: Services) -> PutCandlesAnswer:
-    stored = await parts.history.calendars(name)
-    if not stored:
-        raise UnknownSymbol(f"no candles of {name} are stored")
+    stored = await calendars_of(name, parts.history)
     chosen = stored_interval(interval, stored, "interval")
     counts = await parts.history.split(name, chosen, factor, before, now=parts.now())
     parts.ingested(name, chosen, counts)
@@ -114,9 +112,7 @@ async def get_candles(
     """The newest stored candles, oldest first."""
     name = normalise_symbol(symbol)
     instant = None if before is None else _instant_of_page(before)
-    stored = await parts.history.calendars(name)
-    if not stored:
-        raise UnknownSymbol(f"no candles of {name} are stored")
+    stored = await calendars_of(name, parts.history)
     chosen = stored_interval(interval, stored, "interval")
     timestamps, candles = await parts.history.read(name, chosen, limit, instant)
     rows = [(time, *row) for time, row in zip(timestamps.tolist(), np.asarray(candles).tolist(), strict=True)]

@@ -1,7 +1,8 @@
 """GET /accuracy, what candles do to it, restatements and splits, and what a forecast says of its model."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 import numpy as np
@@ -67,15 +68,18 @@ class Market:
         return series
 
 
-Open = Callable[..., Any]
+Open = Callable[..., AbstractAsyncContextManager[Market]]
 
 
 @pytest.fixture
 def open_market(running: Running) -> Open:
-    def start(count: int = 400, *, build: Any = None, **settings: Any) -> Any:
-        clock = Clock(NOW)
-        built = {} if build is None else {"build": build}
-        return running(now=clock, **built, **settings), clock, walk(count)
+    @asynccontextmanager
+    async def start(*, build: Any = None, **settings: Any) -> AsyncIterator[Market]:
+        clock, built = Clock(NOW), {} if build is None else {"build": build}
+        async with running(now=clock, **built, **settings) as (client, app):
+            market = Market(client, app, clock, walk(400))
+            await market.begin()
+            yield market
 
     return start
 
@@ -84,31 +88,28 @@ def open_market(running: Running) -> Open:
 
 
 async def test_errors_are_those_of_the_candles_that_came(open_market: Open) -> None:
-    opened, clock, candles = open_market(build=lambda *_: WalkForecaster())
-    async with opened as (client, app):
-        market = Market(client, app, clock, candles)
-        await market.begin()
+    async with open_market(build=lambda *_: WalkForecaster()) as market:
         answer = await market.forecast()
         assert (await market.accuracy())["standings"] == []
         for place in range(64, 68):
             await market.candle(place)
         series = await market.accuracy()
         [standing] = series["standings"]
-        actual = np.array([row[4] for row in candles[64:68]])
-        errors = np.abs(np.log(actual / candles[63][4]))
+        actual = np.array([row[4] for row in market.candles[64:68]])
+        errors = np.abs(np.log(actual / market.candles[63][4]))
         assert (standing["model"], standing["steps"]) == ("naive", "1-8")
         assert standing["all"]["steps"] == 4
         assert standing["all"]["mae_log_return"] == pytest.approx(errors.mean(), rel=1e-6)
         assert standing["all"]["naive_mae_log_return"] == pytest.approx(errors.mean(), rel=1e-6)
         assert standing["all"]["relative_mae"] == pytest.approx(1.0, abs=1e-6)
-        relative = np.abs(actual - candles[63][4]) / candles[63][4]
-        assert series["last_close"] == candles[67][4]
-        assert standing["all"]["mae_price"] == pytest.approx(relative.mean() * candles[67][4], rel=1e-6)
+        relative = np.abs(actual - market.candles[63][4]) / market.candles[63][4]
+        assert series["last_close"] == market.candles[67][4]
+        assert standing["all"]["mae_price"] == pytest.approx(relative.mean() * market.candles[67][4], rel=1e-6)
         band = answer["quantiles"]["close"]
         inside = (np.array(band["0.1"]) <= actual) & (actual <= np.array(band["0.9"]))
         assert standing["all"]["coverage_80"] == inside.mean()
         assert standing["drift"]["state"] == "no_baseline"
-        [over_all] = (await client.get("/accuracy")).json()["models"]
+        [over_all] = (await market.client.get("/accuracy")).json()["models"]
         assert over_all["all"]["mae_log_return"] == standing["all"]["mae_log_return"]
         assert (over_all["symbols"], over_all["interval"]) == (1, "1h")
 
@@ -122,18 +123,13 @@ async def test_a_symbol_that_nobody_knows_has_no_accuracy(client: Any) -> None:
 
 
 async def test_an_interval_is_chosen(open_market: Open) -> None:
-    opened, clock, candles = open_market()
-    async with opened as (client, app):
-        await Market(client, app, clock, candles).begin()
-        assert len((await client.get("/accuracy/BTC?interval=1h")).json()["series"]) == 1
-        assert (await client.get("/accuracy/BTC?interval=5m")).status_code == 422
+    async with open_market() as market:
+        assert len((await market.client.get("/accuracy/BTC?interval=1h")).json()["series"]) == 1
+        assert (await market.client.get("/accuracy/BTC?interval=5m")).status_code == 422
 
 
 async def test_cached_and_repeated_requests_count_once(open_market: Open) -> None:
-    opened, clock, candles = open_market()
-    async with opened as (client, app):
-        market = Market(client, app, clock, candles)
-        await market.begin()
+    async with open_market() as market:
         for _ in range(5):
             await market.forecast()
             await market.forecast(cache="bypass")
@@ -143,23 +139,20 @@ async def test_cached_and_repeated_requests_count_once(open_market: Open) -> Non
 
 
 async def test_forecasts_as_they_were_served(open_market: Open) -> None:
-    opened, clock, candles = open_market(build=lambda *_: WalkForecaster())
-    async with opened as (client, app):
-        market = Market(client, app, clock, candles)
-        await market.begin()
+    async with open_market(build=lambda *_: WalkForecaster()) as market:
         first = await market.forecast()
         await market.candle(64)
         await market.forecast()
-        everything = (await client.get("/forecasts/BTC")).json()
+        everything = (await market.client.get("/forecasts/BTC")).json()
         assert len(everything["rows"]) == 8
-        early = (await client.get("/forecasts/BTC", params={"as_of": first["issued_at"]})).json()
+        early = (await market.client.get("/forecasts/BTC", params={"as_of": first["issued_at"]})).json()
         steps = [dict(zip(early["columns"], row, strict=True)) for row in early["rows"]]
         assert [step["horizon"] for step in steps] == [1, 2, 3, 4]
         assert [step["target_timestamp"] for step in steps] == [row[0] for row in first["forecast"]]
         for level in ("10", "50", "90"):
             served = first["quantiles"]["close"][f"0.{level[0]}"]
             assert [step[f"predicted_close_p{level}"] for step in steps] == pytest.approx(served)
-        refused = await client.get("/forecasts/BTC", params={"as_of": "yesterday"})
+        refused = await market.client.get("/forecasts/BTC", params={"as_of": "yesterday"})
         assert refused.status_code == 422
 
 
@@ -167,10 +160,7 @@ async def test_forecasts_as_they_were_served(open_market: Open) -> None:
 
 
 async def test_a_forecast_carries_the_realised_skill_of_its_model(open_market: Open) -> None:
-    opened, clock, candles = open_market(build=lambda *_: WalkForecaster())
-    async with opened as (client, app):
-        market = Market(client, app, clock, candles)
-        await market.begin()
+    async with open_market(build=lambda *_: WalkForecaster()) as market:
         assert (await market.forecast())["reasons"] == ["no_baseline"]
         await market.play(64, 64 + 24 * 9)
         series = await market.accuracy()
@@ -189,10 +179,7 @@ async def test_a_model_that_is_surely_worse_than_naive_is_called_that(open_marke
             found.quantiles["close"][:] *= 1.03
             return found
 
-    opened, clock, candles = open_market(build=lambda *_: Wrong())
-    async with opened as (client, app):
-        market = Market(client, app, clock, candles)
-        await market.begin()
+    async with open_market(build=lambda *_: Wrong()) as market:
         await market.play(64, 64 + 24 * 9)
         await market.accuracy()
         answer = await market.forecast()
@@ -217,16 +204,13 @@ async def test_what_auto_cannot_know_is_refused(client: Any, asked: Any, pointer
 
 
 async def test_an_earlier_instant_knows_no_later_scores(open_market: Open) -> None:
-    opened, clock, candles = open_market(build=lambda *_: WalkForecaster(spread=0.3), recalibrate="on")
-    async with opened as (client, app):
-        market = Market(client, app, clock, candles)
-        await market.begin()
+    async with open_market(build=lambda *_: WalkForecaster(spread=0.3), recalibrate="on") as market:
         await market.play(64, 64 + 24 * 9)
         await market.accuracy()
         now = await market.forecast()
         assert now["skill"]["source"] == "realised"
         assert now["calibration"]["scale"]["1-8"] > 1.5
-        then = await market.forecast(as_of=int(candles[100][0]))
+        then = await market.forecast(as_of=int(market.candles[100][0]))
         assert then["skill"] is None
         assert then["calibration"]["scale"]["1-8"] == 1.0
 
@@ -234,10 +218,8 @@ async def test_an_earlier_instant_knows_no_later_scores(open_market: Open) -> No
 async def test_candles_that_come_while_models_are_summarised_are_not_forgotten(
     open_market: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened, clock, candles = open_market(build=lambda *_: WalkForecaster())
-    async with opened as (client, app):
-        market, evaluator = Market(client, app, clock, candles), app.state.services.evaluator
-        await market.begin()
+    async with open_market(build=lambda *_: WalkForecaster()) as market:
+        evaluator = market.app.state.services.evaluator
         await market.forecast()
         summarise, came = evaluator.summarise, False
 
@@ -256,26 +238,20 @@ async def test_candles_that_come_while_models_are_summarised_are_not_forgotten(
 
 
 async def test_a_forecast_is_noted_for_whoever_got_it(open_market: Open, faulty: Faulty) -> None:
-    opened, clock, candles = open_market(build=lambda *_: faulty)
-    async with opened as (client, app):
-        market = Market(client, app, clock, candles)
-        await market.begin()
+    async with open_market(build=lambda *_: faulty) as market:
         faulty.open.clear()
-        first = asyncio.create_task(client.post("/forecast/BTC", json={**ASKED, "timeout_ms": 300}))
+        first = asyncio.create_task(market.client.post("/forecast/BTC", json={**ASKED, "timeout_ms": 300}))
         await asyncio.to_thread(faulty.entered.wait, 10)
         second = asyncio.create_task(market.forecast())
         assert (await first).status_code == 504
         faulty.open.set()
         assert (await second)["meta"]["cache"] == "coalesced"
-        assert len((await client.get("/forecasts/BTC")).json()["rows"]) == 4
+        assert len((await market.client.get("/forecasts/BTC")).json()["rows"]) == 4
 
 
 @pytest.mark.parametrize("mode", ["off", "shadow", "on"])
 async def test_raw_and_calibrated_quantiles_stand_side_by_side(open_market: Open, mode: str) -> None:
-    opened, clock, candles = open_market(build=lambda *_: WalkForecaster(spread=0.3), recalibrate=mode)
-    async with opened as (client, app):
-        market = Market(client, app, clock, candles)
-        await market.begin()
+    async with open_market(build=lambda *_: WalkForecaster(spread=0.3), recalibrate=mode) as market:
         await market.play(64, 100)
         scale = (await market.accuracy())["calibration"]
         answer = await market.forecast()
@@ -297,13 +273,10 @@ async def test_raw_and_calibrated_quantiles_stand_side_by_side(open_market: Open
 
 
 async def test_a_jump_is_kept_out_unless_it_is_meant(open_market: Open) -> None:
-    opened, clock, candles = open_market()
-    async with opened as (client, app):
-        market = Market(client, app, clock, candles)
-        await market.begin()
+    async with open_market() as market:
         await market.forecast()
         await market.candle(64)
-        halved = [candles[63][0], *(value / 2 for value in candles[63][1:5]), 10.0]
+        halved = [market.candles[63][0], *(value / 2 for value in market.candles[63][1:5]), 10.0]
         kept_out = await market.put([halved])
         assert (kept_out["restated"], kept_out["quarantined"]) == (0, 1)
         meant = await market.put([halved], restate=True)
@@ -311,39 +284,40 @@ async def test_a_jump_is_kept_out_unless_it_is_meant(open_market: Open) -> None:
         series = await market.accuracy()
         [event] = series["events"]
         assert event == {
-            "at": clock.now,
+            "at": market.clock.now,
             "kind": "restated",
-            "first": candles[63][0],
-            "last": candles[63][0],
+            "first": market.candles[63][0],
+            "last": market.candles[63][0],
             "candles": 1,
         }
         [standing] = series["standings"]  # the open forecast followed its origin
-        assert standing["all"]["mae_log_return"] == pytest.approx(abs(np.log(candles[64][4] / halved[4])), rel=1e-6)
+        assert standing["all"]["mae_log_return"] == pytest.approx(
+            abs(np.log(market.candles[64][4] / halved[4])), rel=1e-6
+        )
 
 
 async def test_a_split_rescales_history_and_open_forecasts_in_one_step(open_market: Open) -> None:
-    opened, clock, candles = open_market(build=lambda *_: WalkForecaster())
-    async with opened as (client, app):
-        market = Market(client, app, clock, candles)
-        await market.begin()
+    async with open_market(build=lambda *_: WalkForecaster()) as market:
         await market.forecast()
         await market.candle(64)
         before = await market.accuracy()
-        split = {"split": 4, "before": int(candles[65][0])}
-        clock.now += HOUR
-        answer = (await client.put("/candles/BTC", params=split)).json()
+        split = {"split": 4, "before": int(market.candles[65][0])}
+        market.clock.now += HOUR
+        answer = (await market.client.put("/candles/BTC", params=split)).json()
         assert (answer["restated"], answer["received"], answer["warnings"]) == (65, 0, [])
-        stored = (await client.get("/candles/BTC?limit=3")).json()["candles"]
-        assert stored[-1][4] == pytest.approx(candles[64][4] / 4)
-        assert stored[-1][5] == pytest.approx(candles[64][5] * 4)
-        assert stored[-1][6] == pytest.approx(candles[64][4] * candles[64][5], rel=0.05)
-        steps = (await client.get("/forecasts/BTC")).json()["rows"]
-        assert steps[0][6] == pytest.approx(candles[63][4] / 4)
+        stored = (await market.client.get("/candles/BTC?limit=3")).json()["candles"]
+        assert stored[-1][4] == pytest.approx(market.candles[64][4] / 4)
+        assert stored[-1][5] == pytest.approx(market.candles[64][5] * 4)
+        assert stored[-1][6] == pytest.approx(market.candles[64][4] * market.candles[64][5], rel=0.05)
+        steps = (await market.client.get("/forecasts/BTC")).json()["rows"]
+        assert steps[0][6] == pytest.approx(market.candles[63][4] / 4)
         after = await market.accuracy()
         for name in ("steps", "mae_log_return", "coverage_80"):
             assert after["standings"][0]["all"][name] == pytest.approx(before["standings"][0]["all"][name])
-        assert after["events"] == [{"at": clock.now, "kind": "split", "factor": 4.0, "before": candles[65][0]}]
-        again = (await client.put("/candles/BTC", params=split)).json()
+        assert after["events"] == [
+            {"at": market.clock.now, "kind": "split", "factor": 4.0, "before": market.candles[65][0]}
+        ]
+        again = (await market.client.put("/candles/BTC", params=split)).json()
         assert again["restated"] == 0
         assert "had been made" in again["warnings"][0]
 

@@ -34,8 +34,8 @@ def sample(logits: Tensor, uniforms: Tensor, temperature: Tensor, top_k: Tensor,
 
 def _may_filter(top_k: Tensor, top_p: Tensor) -> bool:
     """Whether any row might have a filter: half of a step's work, which is asked for where asking costs nothing."""
-    if torch.compiler.is_compiling() or top_p.device.type != "cpu":
-        return True
+    if torch.compiler.is_compiling() or type(top_p) is not Tensor or top_p.device.type != "cpu":
+        return True  # being traced, without numbers, or on a device that would have to be waited for
     return bool(((top_k > 0) | (top_p < 1)).any())
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models.kronos.sampling import sample
 
@@ -132,6 +133,13 @@ def test_a_filtered_row_has_the_same_bits_in_any_batch():
 def test_logits_that_are_no_numbers_still_give_a_token():
     # An index outside the vocabulary would end a CUDA process; what the forecast is worth is checked elsewhere.
     assert 0 <= draw([np.nan] * 5, [0.5], top_k=2, top_p=0.5)[0] < 5
+
+
+def test_shapes_come_from_tensors_without_numbers():
+    """ONNX Runtime's outputs are sized by such a run."""
+    with FakeTensorMode():
+        tokens = sample(torch.zeros(2, 3, 5), torch.zeros(2, 3), *torch.ones(3, 2))
+    assert tokens.shape == (2, 3)
 
 
 def test_sampling_exports_and_the_export_draws_the_same_tokens():

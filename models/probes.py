@@ -1,5 +1,6 @@
 """Requests that need no market: for timing runtimes, warming buckets, and testing that a batch changes no bits."""
 
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,27 @@ def usual_size(forecaster: Forecaster) -> tuple[int, int]:
     """Context and horizon of a request that asks for nothing special."""
     limits, family = forecaster.limits, forecaster.family
     horizon = min(DEFAULT_HORIZON[family], limits.max_horizon)
-    room = limits.max_context if limits.max_total is None else min(limits.max_context, limits.max_total - horizon)
-    return min(DEFAULT_LOOKBACK.get(family, limits.max_context), room), horizon
+    return min(DEFAULT_LOOKBACK.get(family, limits.max_context), _room(forecaster, horizon)), horizon
 
 
-def probe(forecaster: Forecaster, seed: int, **settings: Any) -> ForecastInput:
-    """The request of a caller who asks for nothing special, over a random walk; `settings` are ForecastInput's."""
-    context, horizon = usual_size(forecaster)
+def usual_contexts(forecaster: Forecaster) -> list[int]:
+    """The lengths that callers' own candles may have, one per bucket, the longest first."""
+    _, horizon = usual_size(forecaster)
+    length = _room(forecaster, horizon)
+    found: dict[Hashable, int] = {}
+    while length >= forecaster.limits.min_context:
+        found.setdefault(forecaster.bucket(probe(forecaster, 0, context=length)), length)
+        length //= 2
+    return list(found.values())
+
+
+def probe(forecaster: Forecaster, seed: int, *, context: int | None = None, **settings: Any) -> ForecastInput:
+    """The request of a caller who asks for nothing special, over a random walk; `settings` are ForecastInput's.
+
+    `context` is its number of candles, by default that of a request without candles.
+    """
+    usual, horizon = usual_size(forecaster)
+    context = context or usual
     times = _START_MS + _HOUR_MS * np.arange(context + horizon, dtype=np.int64)
     return ForecastInput(
         timestamps=times[:context],
@@ -53,6 +68,12 @@ def _same_bits(one: Forecast, other: Forecast) -> bool:
     pairs = [(one.point, other.point), (one.prob_up, other.prob_up)]
     pairs += [(one.quantiles[name], other.quantiles[name]) for name in one.quantiles]
     return all(np.array_equal(a, b) for a, b in pairs)
+
+
+def _room(forecaster: Forecaster, horizon: int) -> int:
+    """The longest context before `horizon` steps."""
+    limits = forecaster.limits
+    return limits.max_context if limits.max_total is None else min(limits.max_context, limits.max_total - horizon)
 
 
 def _walk(length: int, seed: int) -> Floats:

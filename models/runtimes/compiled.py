@@ -27,7 +27,8 @@ def compile_function(decoder: Decoder, name: str) -> bytes:
     program = Flat(decoder, name).exported()
     options = {**_OPTIONS, **(_OWN if name in decoder.repeated else _SHARED)}
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
-        for category in (FutureWarning, DeprecationWarning):  # of the compiler's own use of torch
+        # Of the compiler: on its own use of torch, and for a GPU on precision and speed that it would trade.
+        for category in (FutureWarning, DeprecationWarning, UserWarning):
             warnings.simplefilter("ignore", category)
         path = torch._inductor.aoti_compile_and_package(
             program, package_path=str(Path(folder) / f"{name}.pt2"), inductor_configs=options

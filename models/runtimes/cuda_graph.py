@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from models.runtimes.functions import Decoder, Function, Functions, flattened, rebuilt
+from models.runtimes.functions import Decoder, Function, Functions, flattened, nested, result_type
 
 Key = tuple[str, tuple[tuple[torch.Size, torch.dtype], ...]]
 
+_ALIGNED = 256  # bytes, as allocations of their own would be
 _WARM_UPS = 3  # libraries choose their kernels and workspaces in the first runs, which a capture must not see
 
 
@@ -36,10 +37,10 @@ class CudaGraphs(Mapping[str, Function]):
     """`functions` captured: a call made while `capturing` records a graph, later ones of its shapes replay it."""
 
     def __init__(self, decoder: Decoder, functions: Functions) -> None:
-        self._decoder = decoder
-        self._functions = {name: self._wrapped(name, plain) for name, plain in functions.items()}
+        self._functions = {name: self._wrapped(decoder, name, plain) for name, plain in functions.items()}
         self._captured: dict[Key, _Captured] = {}
         self._pool: Any = None
+        self._memory = torch.empty(0, dtype=torch.uint8)
         self.capturing = False
         self.hits: Counter[str] = Counter()
         self.misses: Counter[str] = Counter()
@@ -58,7 +59,9 @@ class CudaGraphs(Mapping[str, Function]):
         """How many were captured."""
         return len(self._captured)
 
-    def _wrapped(self, name: str, plain: Function) -> Function:
+    def _wrapped(self, decoder: Decoder, name: str, plain: Function) -> Function:
+        kind = result_type(decoder, name)
+
         def function(*arguments: Any) -> Any:
             tensors = flattened(arguments)
             key = (name, tuple((tensor.shape, tensor.dtype) for tensor in tensors))
@@ -69,13 +72,25 @@ class CudaGraphs(Mapping[str, Function]):
                 self.misses[name] += 1
                 return plain(*arguments)
             self.hits[name] += 1
-            return rebuilt(self._decoder, name, found.replay)(*arguments)
+            return nested(kind, iter(found.replay(tensors)))
 
         return function
 
+    def _inputs_like(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Memory for `tensors`, contiguous: the same for every graph, since no two ever run at once."""
+        sizes = [-(-tensor.nbytes // _ALIGNED) * _ALIGNED for tensor in tensors]
+        if sum(sizes) > self._memory.nbytes:
+            self._memory = torch.empty(sum(sizes), dtype=torch.uint8, device=tensors[0].device)
+        places = self._memory[: sum(sizes)].split(sizes)
+        return tuple(
+            place[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            for place, tensor in zip(places, tensors, strict=True)
+        )
+
     def _capture(self, plain: Function, arguments: Sequence[Any]) -> _Captured:
         leaves, structure = _pytree.tree_flatten(list(arguments))
-        inputs = tuple(tensor.clone() for tensor in leaves)
+        inputs = self._inputs_like(leaves)
+        torch._foreach_copy_(list(inputs), leaves)
         static = _pytree.tree_unflatten(list(inputs), structure)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())

@@ -91,19 +91,24 @@ class Flat(nn.Module):
 
 def rebuilt(decoder: Decoder, name: str, execute: Callable[[tuple[Tensor, ...]], Sequence[Tensor]]) -> Function:
     """`execute`, which knows flat tensors, with the arguments and the result of the function called `name`."""
-    kind = get_type_hints(getattr(type(decoder), name))["return"]
+    kind = result_type(decoder, name)
 
     def function(*arguments: Any) -> Any:
-        return _nested(kind, iter(execute(flattened(arguments))))
+        return nested(kind, iter(execute(flattened(arguments))))
 
     return function
 
 
-def _nested(kind: Any, tensors: Iterator[Tensor]) -> Any:
+def result_type(decoder: Decoder, name: str) -> Any:
+    """What the function called `name` returns."""
+    return get_type_hints(getattr(type(decoder), name))["return"]
+
+
+def nested(kind: Any, tensors: Iterator[Tensor]) -> Any:
     """The next tensor, or the NamedTuple `kind` of the next ones."""
     if kind is Tensor:
         return next(tensors)
-    return kind(*(_nested(field, tensors) for field in _fields(kind)))
+    return kind(*(nested(field, tensors) for field in _fields(kind)))
 
 
 @cache

@@ -1,6 +1,7 @@
 """ONNX Runtime over the exported functions, on torch's own memory: inputs and outputs are bound, never copied."""
 
 import contextlib
+import copy
 import io
 import logging
 import tempfile
@@ -11,7 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from models.runtimes.functions import Decoder, Flat, Function, Functions, rebuilt
@@ -35,8 +36,10 @@ def export_function(decoder: Decoder, name: str, *, int8: bool = False) -> bytes
 
     Activations stay in float32: scales taken from them would couple the rows of a batch.
     """
-    flat = Flat(decoder, name)
-    program = flat.exported()
+    if decoder.device.type != "cpu":  # a file knows no device, and norms on a GPU are an operator that ONNX lacks
+        assert isinstance(decoder, nn.Module)
+        decoder = copy.deepcopy(decoder).cpu()
+    program = Flat(decoder, name).exported()
     program.example_inputs = None  # else its shape guards are traced too, which fails for a scalar input
     with _quietly():
         exported = torch.onnx.export(program, dynamo=True, verbose=False, external_data=False)
@@ -60,8 +63,7 @@ def _load(decoder: Decoder, name: str, file: bytes, device: torch.device, thread
     options.log_severity_level = 3
     wanted: Any = "CPUExecutionProvider"
     if device.type == "cuda":
-        stream = torch.cuda.current_stream(device).cuda_stream
-        wanted = ("CUDAExecutionProvider", {"device_id": device.index or 0, "user_compute_stream": str(stream)})
+        wanted = ("CUDAExecutionProvider", {"device_id": device.index or 0})
     try:
         session = onnxruntime.InferenceSession(file, options, providers=[wanted])
     except Exception as error:  # its errors have no other base in common
@@ -87,6 +89,8 @@ def _bound(session: Any, flat: Flat, device: torch.device) -> Callable[[tuple[Te
             for label, tensor in zip(whose, group, strict=True):
                 kind = _ELEMENTS[tensor.dtype]
                 bind(label, device.type, device.index or 0, kind, tuple(tensor.shape), tensor.data_ptr())
+        if device.type == "cuda":  # ONNX Runtime has a stream of its own: it does not take torch's default one
+            torch.cuda.current_stream(device).synchronize()
         session.run_with_iobinding(binding)
         return results
 

@@ -1,6 +1,7 @@
 """Toto behind the Forecaster contract: one pass for a patch, exact quantiles; sampled paths beyond it."""
 
 import copy
+from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Final, Self
 
@@ -41,7 +42,11 @@ _SAMPLES: Final = (4, 8, 16, 32, 64, 128, 256)
 _PATH_BYTES: Final = 2**30  # of all paths of a batch
 _BANDS: Final = slice(HIGH, CLOSE + 1)  # QUANTILE_COLUMNS
 _OTHERS: Final = slice(OPEN, None, VOLUME - OPEN)
+_FEW: Final = 2  # rows that the host has summarised before a GPU has launched what it takes for any number
 _AT_ONCE: Final = 2**16  # components, so that what is known of them stays in the processor's cache
+
+# Point and quantiles `[1 + Q, V, …, H]`, and P(close > the last known one) `[…, H]`.
+Summary = tuple[Tensor, Tensor]
 
 
 class TotoForecaster:
@@ -179,20 +184,49 @@ class TotoForecaster:
 
     @torch.inference_mode()
     def finish(self, raw: Raw, batch: Batch) -> list[Forecast]:
-        # Row by row: what a row costs and every bit of it depend on the row alone.
         host = {name: tensor[: len(batch.inputs)].cpu() for name, tensor in raw.items()}
-        return [
-            self._forecast(item, {name: tensor[row] for name, tensor in host.items()})
-            for row, item in enumerate(batch.inputs)
-        ]
+        rows = [{name: tensor[row] for name, tensor in host.items()} for row in range(len(batch.inputs))]
+        if raw["outputs"].is_cuda and "path_outputs" not in raw and len(rows) > _FEW:
+            summaries = self._summarised_together(raw["outputs"], batch.inputs, rows)
+        else:  # row by row: what a row costs and every bit of it depend on the row alone
+            summaries = [self._summarised(*pair) for pair in zip(batch.inputs, rows, strict=True)]
+        return [self._forecast(*parts) for parts in zip(batch.inputs, rows, summaries, strict=True)]
 
-    def _forecast(self, item: ForecastInput, raw: Mapping[str, Tensor]) -> Forecast:
-        """From one row of what `run` returned."""
+    def _summarised(self, item: ForecastInput, raw: Mapping[str, Tensor]) -> Summary:
+        """Of one row."""
+        parts = [_summary(steps, item, self._reached(item, raw)) for steps in self._mixtures(item, raw)]
+        values, above = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
+        return values, above
+
+    def _summarised_together(
+        self, outputs: Tensor, inputs: Sequence[ForecastInput], rows: Sequence[Mapping[str, Tensor]]
+    ) -> list[Summary]:
+        """Of all rows, from `outputs` `[B, V, 64, 4K]`: a GPU takes hardly longer for many than for one.
+
+        Its products depend on the batch anyway, which the self-test says; what the host does never may.
+        """
+        alike: dict[Hashable, list[int]] = defaultdict(list)
+        for row, item in enumerate(inputs):
+            alike[item.all_levels, item.aggregate].append(row)
+        found: dict[int, Summary] = {}
+        for places in alike.values():
+            steps = Mixture(*(part.transpose(0, 1) for part in TotoNetwork.mixture(outputs[places].double())))
+            reached = torch.stack([self._reached(inputs[row], rows[row]) for row in places]).to(outputs.device)
+            values, above = (part.cpu() for part in _summary(steps, inputs[places[0]], reached))
+            for place, row in enumerate(places):
+                found[row] = values[:, :, place, : inputs[row].horizon], above[place, : inputs[row].horizon]
+        return [found[row] for row in range(len(inputs))]
+
+    def _reached(self, item: ForecastInput, raw: Mapping[str, Tensor]) -> Tensor:
+        """The last close `[1]` in the units of the first patch's mixtures."""
+        last = float(self._transform.encode(item.candles, len(item.candles))[-1, CLOSE])
+        return (last - raw["loc"][CLOSE : CLOSE + 1].double()) / raw["scale"][CLOSE : CLOSE + 1].double()
+
+    def _forecast(self, item: ForecastInput, raw: Mapping[str, Tensor], summary: Summary) -> Forecast:
+        """From one row of what `run` returned, and its summary."""
         loc, scale = raw["loc"].double().unsqueeze(-1), raw["scale"].double().unsqueeze(-1)  # [V, 1]
         closes = self._transform.encode(item.candles, len(item.candles))[:, CLOSE]
-        reached = (float(closes[-1]) - loc[CLOSE]) / scale[CLOSE]
-        parts = [_summary(steps, item, reached) for steps in self._mixtures(item, raw)]
-        values, above = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
+        values, above = summary
         rows = self._candles(item, (values * scale + loc).transpose(-1, -2).numpy())
         paths = None
         if item.with_paths and "paths" in raw:
@@ -245,17 +279,17 @@ class TotoForecaster:
         return tuple(found)
 
 
-def _summary(steps: Mixture, item: ForecastInput, reached: Tensor) -> tuple[Tensor, Tensor]:
-    """Point and quantiles `[1 + Q, V, H]` of mixtures `[V, H, K]`, and P(close > reached) `[H]`."""
+def _summary(steps: Mixture, item: ForecastInput, reached: Tensor) -> Summary:
+    """Of mixtures `[V, …, H, K]`, for the levels and the point that `item` asks for."""
     table = tabulate(steps)
     wanted = tuple(sorted({*item.all_levels, 0.5})) if item.aggregate == "median" else item.all_levels
-    bands = quantiles(table.part(_BANDS), wanted)  # [Q, 3, H]
+    bands = quantiles(table.part(_BANDS), wanted)  # [Q, 3, …, H]
     if item.aggregate == "median":
-        point = torch.empty(steps.loc.shape[:-1], dtype=torch.float64)
+        point = torch.empty_like(table.jerk)
         point[_BANDS] = bands[wanted.index(0.5)]
         point[_OTHERS] = quantiles(table.part(_OTHERS), (0.5,))[0]
     else:
         point = mean(table)
-    values = point.repeat(1 + len(item.all_levels), 1, 1)
+    values = torch.stack([point] * (1 + len(item.all_levels)))
     values[1:, _BANDS] = bands[[wanted.index(level) for level in item.all_levels]]
     return values, 1 - cdf(table.part(CLOSE), reached)

@@ -41,7 +41,7 @@ def tabulate(mixture: Mixture) -> Tabled:
     """Prepare mixtures `[..., K]`."""
     df, loc, scale, log_weights = (parameter.double() for parameter in mixture)
     root, weights = df.sqrt(), log_weights.exp()
-    table = torch.empty(_FACTS + TERMS, *df.shape, dtype=torch.float64)
+    table = torch.empty(_FACTS + TERMS, *df.shape, dtype=torch.float64, device=df.device)
     peak = coefficients(root, out=table[_FACTS:])
     densities, inverse = weights * peak / scale, 1 / (scale * root)
     slopes = (df + 1) * inverse * densities
@@ -96,13 +96,16 @@ class _Search(NamedTuple):
 
 def _solve(table: Tabled, levels: tuple[float, ...]) -> Tensor:
     """Quantiles `[Q, M]` of mixtures `[M]`: all roots together at first, then only those that are still open."""
-    q = torch.tensor(levels, dtype=torch.float64).unsqueeze(-1)
+    q = torch.tensor(levels, dtype=torch.float64, device=table.jerk.device).unsqueeze(-1)
     low, high = _bracket(table.facts, q)
     y = _start(table, q).clamp(low, high)
     q, logit, jerk = (part.expand_as(low) for part in (q, torch.logit(q), table.jerk))
     search, solved = _advance(table.facts, _Search(q, logit, jerk, y, low, high, torch.ones_like(low)))
     while 2 * int(solved.sum()) < solved.numel():
+        found, before = search.y, solved
         search, solved = _advance(table.facts, search)
+        search = search._replace(y=torch.where(before, found, search.y))  # a root moves for its own sake alone
+        solved |= before
     roots = search.y.flatten()
     left = (~solved).flatten().nonzero().squeeze(-1)
     fields = torch.stack(search).flatten(1).index_select(1, left)

@@ -34,12 +34,13 @@ def coefficients(root: Tensor, out: Tensor) -> Tensor:
     Returns the density at 0 `[...]`.
     """
     x = (2 * _SMALLEST_ROOT / root - 1).flatten()  # in [-1, 1]
-    powers = torch.empty(_ROOT_TERMS, x.numel(), dtype=x.dtype)
+    fitted = _COEFFICIENTS.to(x.device)
+    powers = torch.empty(_ROOT_TERMS, x.numel(), dtype=x.dtype, device=x.device)
     powers[0] = 1
     for index in range(1, _ROOT_TERMS):
         torch.mul(powers[index - 1], x, out=powers[index])
-    torch.mm(_COEFFICIENTS[:TERMS], powers, out=out.view(TERMS, -1))
-    return (_COEFFICIENTS[TERMS] @ powers).view_as(root)
+    torch.mm(fitted[:TERMS], powers, out=out.view(TERMS, -1))
+    return (fitted[TERMS] @ powers).view_as(root)
 
 
 def centred_cdf(a: Tensor, half_df: Tensor, k: Tensor, h: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:

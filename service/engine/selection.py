@@ -17,7 +17,7 @@ from model_store.files import StoreError
 from model_store.manifest import Artefact, Manifest
 from model_store.store import PRODUCTION, ModelStore
 from models.forecaster import Forecaster, pad_rows
-from models.probes import is_batch_invariant, probe
+from models.probes import is_batch_invariant, probe, usual_contexts
 from models.runtimes.cuda_graph import CudaGraphs
 from models.runtimes.functions import Executable
 from models.runtimes.kinds import FP32_EAGER, KINDS, platform_name
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 _ROUNDS: Final = 3
 _ROWS: Final = 8
-_ROWS_WARMED: Final = 32 if torch.cuda.is_available() else 1
+_ROWS_CAPTURED: Final = 32
 
 
 @dataclass(frozen=True)
@@ -197,17 +197,19 @@ def time_again(
 
 
 def warm(forecaster: Forecaster) -> None:
-    """Run every batch size once on default requests; CUDA graphs are captured here and nowhere else."""
+    """Run a default request once; graphs are captured here and nowhere else, for every context and batch size."""
     graphs = getattr(forecaster, "functions", None)
-    if isinstance(graphs, CudaGraphs):
-        graphs.capturing = True
-    one = probe(forecaster, 0)
-    rows = pad_rows(min(_ROWS_WARMED, forecaster.max_rows(one)))
-    while rows:
-        forecaster.run(forecaster.prepare([one] * rows))
-        rows //= 2
-    if isinstance(graphs, CudaGraphs):
-        graphs.capturing = False
+    if not isinstance(graphs, CudaGraphs):
+        forecaster.run(forecaster.prepare([probe(forecaster, 0)]))
+        return
+    graphs.capturing = True
+    for context in usual_contexts(forecaster):
+        one = probe(forecaster, 0, context=context)
+        rows = pad_rows(min(_ROWS_CAPTURED, forecaster.max_rows(one)))
+        while rows:
+            forecaster.run(forecaster.prepare([one] * rows))
+            rows //= 2
+    graphs.capturing = False
 
 
 def _timed(loaded: dict[str, Forecaster]) -> dict[str, tuple[float, float]]:

@@ -1,5 +1,8 @@
 """CUDA graphs: captured once per shape, replayed right, never captured late, and they hold no more memory."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -15,13 +18,14 @@ from service.engine.selection import warm
 
 
 def changed(arguments, seed):
-    """Arguments of the same shapes with other numbers; integers and masks stay, which index tables."""
+    """Arguments of the same shapes with other numbers, zeros too; integers and masks stay, which index tables."""
     generator = torch.Generator("cuda").manual_seed(seed)
 
     def change(tensor):
         if not tensor.is_floating_point() or not tensor.numel() or not torch.isfinite(tensor).all():
             return tensor.clone()
-        return tensor * (0.5 + torch.rand(tensor.shape, generator=generator, device=tensor.device).to(tensor.dtype))
+        drawn = torch.rand(tensor.shape, generator=generator, device=tensor.device).to(tensor.dtype)
+        return torch.where(tensor == 0, drawn / 2, tensor * (0.5 + drawn))
 
     return _pytree.tree_map(change, arguments)
 
@@ -60,7 +64,7 @@ def test_a_hundred_replays_with_changing_inputs_answer_as_eager_does(on_gpu, cap
 def test_replays_with_other_inputs_give_other_answers(on_gpu, captured):
     """A graph that read its warm-up's inputs for ever would agree with nothing."""
     arguments = on_gpu.decoder.examples(1)
-    for name in ("prefill", "step"):
+    for name in (on_gpu.decoder.functions[0], "step"):
         one, other = (captured[name](*changed(arguments[name], seed)) for seed in (1, 2))
         assert any(not torch.equal(a, b) for a, b in zip(flattened(one), flattened(other), strict=True))
 
@@ -106,27 +110,51 @@ def test_a_thousand_replays_hold_no_more_memory(on_gpu, captured):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_forecasts_through_graphs_equal_those_without(on_gpu, dtype):
+    """Replayed where requests are usual, and run plain where they reach farther."""
     eager = on_gpu if dtype == "float32" else on_gpu.executed_by(KINDS["eager-bfloat16"].load(on_gpu.decoder, {}, 1))
     graphs = KINDS[f"cuda_graph-{dtype}"].load(on_gpu.decoder, {}, 1)
     executed = on_gpu.executed_by(graphs)
     warm(executed)
     assert graphs.graphs > 0
     assert not graphs.capturing
-    captured, items = graphs.graphs, [request(64 - i, 10, seed=i, samples=32) for i in range(3)]
-    for rows in (items, items[:1], items):
-        for one, other in zip(forecast(eager, rows), forecast(executed, rows), strict=True):
-            np.testing.assert_allclose(other.point, one.point, rtol=1e-5)
-            np.testing.assert_allclose(other.quantiles["close"], one.quantiles["close"], rtol=1e-5)
+    captured = graphs.graphs
+    usual, other = [probe(executed, seed) for seed in range(3)], [request(40 - i, 70, seed=i) for i in range(3)]
+    for items, counted in ((usual, graphs.hits), (other, graphs.misses)):
+        counted.clear()
+        for rows in (items, items[:1], items):
+            for one, two in zip(forecast(eager, rows), forecast(executed, rows), strict=True):
+                np.testing.assert_allclose(two.point, one.point, rtol=1e-5)
+                np.testing.assert_allclose(two.quantiles["close"], one.quantiles["close"], rtol=1e-5)
+        assert sum(counted.values()) > 0
     assert graphs.graphs == captured
 
 
-def test_the_default_request_hits_what_the_warm_up_captured(on_gpu):
+def test_forecasts_go_on_while_graphs_are_captured(on_gpu):
+    """A service answers eagerly from its engine's thread while another thread settles on a runtime."""
+    items = [request(64 - i, 10, seed=i, samples=8) for i in range(3)]
+    expected = [one.point for one in forecast(on_gpu, items)]
+    captured, answered = threading.Event(), 0
+    graphs = KINDS["cuda_graph-float32"].load(on_gpu.decoder, {}, 1)
+    with ThreadPoolExecutor(1) as other:
+        capturing = other.submit(warm, on_gpu.executed_by(graphs))
+        capturing.add_done_callback(lambda _: captured.set())
+        while not captured.is_set():
+            found = [one.point for one in forecast(on_gpu, items)]
+            np.testing.assert_array_equal(found, expected)
+            answered += 1
+        capturing.result()
+    assert graphs.graphs > 0
+    assert answered > 0
+
+
+def test_default_requests_over_any_candles_hit_what_the_warm_up_captured(on_gpu):
     graphs = KINDS["cuda_graph-float32"].load(on_gpu.decoder, {}, 1)
     executed = on_gpu.executed_by(graphs)
     warm(executed)
     graphs.hits.clear()
     graphs.misses.clear()
     for rows in (1, 2, 3, 8):
-        forecast(executed, [probe(executed, seed) for seed in range(rows)])
+        for context in (None, 3, executed.limits.max_context // 2):
+            forecast(executed, [probe(executed, seed, context=context) for seed in range(rows)])
     assert sum(graphs.hits.values()) > 0
     assert not graphs.misses

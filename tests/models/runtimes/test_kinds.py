@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from models.forecaster import forecast
-from models.probes import is_batch_invariant
+from models.probes import is_batch_invariant, usual_contexts
 from models.runtimes.cuda_graph import CudaGraphs
 from models.runtimes.functions import flattened
 from models.runtimes.kinds import KINDS, platform_name
@@ -141,3 +141,17 @@ def test_forecasts_over_graphs_without_captures_equal_eagers(forecasters, make_r
         for one, other in zip(*[iter(values)] * 2, strict=True):
             np.testing.assert_array_equal(one, other)
         assert sum(graphs.misses.values()) > 0
+
+
+def test_inputs_of_all_graphs_lie_in_one_memory_and_those_of_one_apart(toto):
+    graphs = KINDS["cuda_graph-float32"].load(toto.decoder, {}, 1)
+    tensors = [torch.ones(3, 5), torch.ones(2, dtype=torch.bool), torch.ones(0, 4), torch.arange(7)]
+    inputs = graphs._inputs_like(tensors)
+    torch._foreach_copy_(list(inputs), tensors)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(inputs, tensors, strict=True))
+    assert graphs._inputs_like(tensors[1:])[0].data_ptr() == inputs[0].data_ptr()
+
+
+def test_graphs_are_captured_for_one_context_of_every_bucket(forecasters):
+    for family, lengths in {"toto": [512, 256], "kronos": [98, 49]}.items():
+        assert usual_contexts(forecasters[family]) == lengths

@@ -178,3 +178,19 @@ def test_log_scales_round_trip_and_look_only_at_the_context(make_walk):
     back = transform.decode(encoded[:64], candles[:64])
     rows = np.arange(64) != 5
     np.testing.assert_allclose(back[rows], candles[:64][rows, :5], rtol=1e-9)
+
+
+@pytest.mark.parametrize("aggregate", ["median", "mean"])
+def test_rows_summarised_together_have_the_forecasts_of_rows_alone(toto, make_request, aggregate):
+    """As on a GPU, where levels and horizons differ too."""
+    levels = [(0.1, 0.5, 0.9), (0.25,), (0.1, 0.5, 0.9)]
+    items = [
+        make_request(100 - i, 10 + 20 * i, seed=i, levels=each, aggregate=aggregate) for i, each in enumerate(levels)
+    ]
+    batch = toto.prepare(items)
+    raw = toto.run(batch)
+    rows = [{name: tensor[row] for name, tensor in raw.items()} for row in range(len(items))]
+    together = toto._summarised_together(raw["outputs"], items, rows)
+    for item, row, summary in zip(items, rows, together, strict=True):
+        for found, expected in zip(summary, toto._summarised(item, row), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)

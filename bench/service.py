@@ -4,7 +4,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -33,12 +33,12 @@ class Service:
     client: LoadClient
     process: int  # its id
 
-    def forecast_url(self) -> str:
-        return f"{self.url}/forecast/{_SYMBOL}"
+    def forecast_url(self, symbol: str = _SYMBOL) -> str:
+        return f"{self.url}/forecast/{symbol}"
 
-    def ask(self, body: bytes, seed: int = 0) -> bytes:
+    def ask(self, body: bytes, seed: int = 0, symbol: str = _SYMBOL) -> bytes:
         """One answer, of status 200."""
-        return self._send("POST", self.forecast_url(), body.replace(SEED, b"%d" % seed))
+        return self._send("POST", self.forecast_url(symbol), body.replace(SEED, b"%d" % seed))
 
     def latest_url(self) -> str:
         return f"{self.url}/forecast/{WATCHED}/latest"
@@ -57,7 +57,13 @@ class Service:
 
     def put_history(self, length: int, symbol: str = _SYMBOL) -> None:
         """Store the newest `length` hourly candles of a symbol."""
-        self._send("PUT", f"{self.url}/candles/{symbol}", json.dumps({"candles": _rows(length)}).encode())
+        self.put(symbol, _rows(length))
+
+    def put(self, symbol: str, rows: Sequence[Sequence[float]], **fields: Any) -> dict[str, Any]:
+        """Store ccxt rows; what became of them."""
+        body = json.dumps({"candles": rows, **fields}).encode()
+        answer: dict[str, Any] = json.loads(self._send("PUT", f"{self.url}/candles/{symbol}", body))
+        return answer
 
     def warm_up(self, body: bytes) -> dict[str, Any]:
         """Ask until the answers come from the runtime that the service settles on; the last answer."""
@@ -103,15 +109,16 @@ def start_service(store: ModelStore, home: Path, settings: Mapping[str, str]) ->
 
 
 def put_version(
-    store: ModelStore, name: str, family: str, config: Mapping[str, Any], weights: Mapping[str, Tensor]
+    store: ModelStore, name: str, family: str, config: Mapping[str, Any], weights: Mapping[str, Tensor], **fields: Any
 ) -> str:
-    """Store and promote a version of random weights; its name and version."""
+    """Store and promote a version of random weights; its name and version. Keywords add to its manifest."""
     manifest = {
         "model": name,
         "family": family,
         "origin": {"kind": "imported", "source": "random weights of the published size"},
         "limits": asdict(build_forecaster(family, config, weights).limits),
         "created_at": "2025-01-01T00:00:00Z",
+        **fields,
     }
     complete = store.put(manifest, config, weights)
     store.promote(f"{name}@{complete.version}", force="random weights cannot be evaluated")
@@ -126,6 +133,10 @@ def forecast_body(model: str, candles: int | None, **fields: Any) -> bytes:
 
 def _rows(length: int) -> list[list[float]]:
     """ccxt rows; the last candle closed within the last hour."""
-    last = time.time_ns() // 1_000_000 // HOUR_MS * HOUR_MS - HOUR_MS
-    times = [last - HOUR_MS * back for back in range(length)][::-1]
+    return ccxt_rows(length, time.time_ns() // 1_000_000 // HOUR_MS * HOUR_MS - HOUR_MS, HOUR_MS)
+
+
+def ccxt_rows(length: int, last: int, step: int) -> list[list[float]]:
+    """Candles of `step` ms, the last of which opens at `last`, UTC ms."""
+    times = [last - step * back for back in range(length)][::-1]
     return [[moment, *row[:5]] for moment, row in zip(times, walk(length, seed=1).round(4).tolist(), strict=True)]

@@ -15,9 +15,9 @@ from model_store.store import ModelStore
 from models.forecaster import Forecaster
 from service.api import errors
 from service.api.refreshing import Refresher
-from service.api.routes import accuracy, candles, forecast, health, latest, models
+from service.api.routes import accuracy, candles, elsewhere, forecast, health, latest, models
 from service.api.watchlist import WatchList
-from service.api.wire import BodyLimit, CountedAnswers, SymbolPaths
+from service.api.wire import BodyLimit, ClosedConnections, CountedAnswers, SymbolPaths
 from service.engine.batcher import Batcher
 from service.engine.cache import Cache
 from service.engine.door import Door
@@ -29,6 +29,7 @@ from service.engine.series import load_calendar
 from service.metrics import Metrics
 from service.score.evaluator import Evaluator
 from service.score.ledger import Ledger
+from service.score.published import Published
 from service.score.register import Register
 from service.services import Clock, Services, wall_clock
 from service.settings import Settings
@@ -47,11 +48,13 @@ def create_app(settings: Settings, *, build: Build | None = None, now: Clock = w
     )
     app.state.services = services
     # Included after the documentation's routes, they would be looked for twice in every request, and behind those.
-    ours = (forecast, latest, candles, accuracy, models, health)
+    forecasting = (elsewhere,) if settings.role == "evaluator" else (forecast, latest)
+    ours = (*forecasting, candles, accuracy, models, health)
     app.router.routes[:0] = [route for module in ours for route in module.router.routes]
     errors.install(app)
     app.add_middleware(SymbolPaths)
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
+    app.add_middleware(ClosedConnections, draining=lambda: services.draining)
     app.add_middleware(CountedAnswers, metrics=services.metrics)
     return app
 
@@ -65,20 +68,24 @@ def create_admin_app(services: Services) -> FastAPI:
     async def get_metrics(request: Request) -> Response:
         """Every series, in the text format or in OpenMetrics."""
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        return Response(encode(services.metrics.registry), headers={"Content-Type": content_type})
+        text = await asyncio.to_thread(encode, services.metrics.registry)  # of a hundred symbols: a tenth of a second
+        return Response(text, headers={"Content-Type": content_type})
 
     return app
 
 
 def build_services(settings: Settings, *, build: Build | None = None, now: Clock = wall_clock) -> Services:
     """The parts, of which nothing runs yet."""
-    metrics = Metrics(CollectorRegistry())
+    metrics = Metrics(CollectorRegistry(), role=settings.role, device=settings.device)
     state = State(settings.redis_url, settings.home, metrics)
     store = ModelStore(settings.store_root)
     selection = Selection(store, settings.home, settings.device, settings.runtime)
     batcher = Batcher(settings.max_batch_rows)
     nicknames = {"toto": settings.toto, "kronos": settings.kronos}
     history, ledger = History(state, metrics), Ledger(state, metrics)
+    evaluator = Evaluator(ledger, history, store, now, metrics)
+    if settings.role != "api":
+        metrics.registry.register(Published(evaluator, settings.metric_symbols))
     return Services(
         settings=settings,
         metrics=metrics,
@@ -90,8 +97,8 @@ def build_services(settings: Settings, *, build: Build | None = None, now: Clock
         engine=Engine(batcher, metrics, settings.watchdog_seconds),
         ledger=ledger,
         register=Register(ledger, metrics, now),
-        evaluator=Evaluator(ledger, history, store, now),
-        watch=WatchList(settings.watch, settings.max_streams, metrics),
+        evaluator=evaluator,
+        watch=WatchList(() if settings.role == "evaluator" else settings.watch, settings.max_streams, metrics),
         now=now,
     )
 
@@ -104,6 +111,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     await services.state.start()
     services.engine.start()
     services.evaluator.start()
+    lag = asyncio.create_task(services.metrics.watch_loop(), name="event loop lag")
     calendar = asyncio.create_task(load_calendar("XNYS"))  # takes a second; nobody waits for it here
     refresher = Refresher(services)
     refresher.start()
@@ -112,6 +120,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
     finally:
         services.drain()
+        lag.cancel()
         await refresher.stop()
         await services.engine.stop()
         await services.evaluator.stop()

@@ -43,7 +43,8 @@ class _Server(uvicorn.Server):
 def serve(settings: Settings, on_ready: Callable[[Listening], None]) -> None:
     """Serve until SIGINT or SIGTERM; `on_ready` is called once, when both ports answer.
 
-    Open requests are finished first. ServeError if a port is taken or the private Redis cannot run.
+    Callers are sent elsewhere and open requests finished first. ServeError if a port is taken or the private Redis
+    cannot run.
     """
     with contextlib.ExitStack() as sockets:
         callers = sockets.enter_context(_listen(settings.host, settings.port, "CANDLECAST_PORT"))
@@ -61,7 +62,7 @@ async def _serve(
         _server(app, settings, lifespan="off"),
         _server(create_admin_app(services), settings, lifespan="off"),
     ]
-    _on_signal(servers, services)
+    _on_signal(servers, services, settings.drain_seconds)
     try:
         async with app.router.lifespan_context(app):
             tasks = [
@@ -91,18 +92,27 @@ def _server(app: object, settings: Settings, lifespan: str) -> _Server:
     return _Server(config)
 
 
-def _on_signal(servers: list[_Server], services: Services) -> None:
-    """The first signal drains, the second ends open requests."""
+def _on_signal(servers: list[_Server], services: Services, drain_seconds: float) -> None:
+    """The first signal drains, the next ends the wait of `drain_seconds`, and one after that ends open requests."""
+    loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        if any(server.should_exit for server in servers):
+            for server in servers:
+                server.force_exit = True
+        elif services.draining or not (services.started and drain_seconds):
+            stop()
+        else:
+            services.draining = True
+            loop.call_later(drain_seconds, stop)
 
     def stop() -> None:
         for server in servers:
-            server.force_exit = services.draining
             server.should_exit = True
         services.drain()
 
-    loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop)
+        loop.add_signal_handler(number, on_signal)
 
 
 def _listen(host: str, port: int, variable: str) -> socket.socket:

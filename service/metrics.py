@@ -1,11 +1,30 @@
-"""Every Prometheus series of the service, in one registry that is handed in. No series carries a symbol."""
+"""Every Prometheus series of the service, in one registry that is handed in.
 
+None here carries a symbol, which a caller may invent: those that do are the evaluator's (service/score/published.py).
+"""
+
+import asyncio
 import contextlib
+import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import version
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+import torch
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    Info,
+    Metric,
+    ProcessCollector,
+    disable_created_metrics,
+)
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 STAGES: Final = ("queue", "batch", "prepare", "run", "finish", "total")
 OUTCOMES: Final = ("ok", "degraded", "invalid", "overloaded", "timeout", "cancelled", "error")
@@ -13,6 +32,8 @@ RELEASES: Final = ("idle", "freed", "oldest_deadline", "full", "alone")
 ROW_KINDS: Final = ("asked", "padding")
 CACHE_RESULTS: Final = ("hit", "miss", "coalesced", "bypass")
 REFUSALS: Final = ("full", "queue", "deadline")
+FAILURES: Final = ("invalid_output", "out_of_memory", "error")
+LOAD_FAILURES: Final = ("verification", "error")
 REDIS_OPS: Final = (
     *("history_put", "history_read", "history_calendars", "history_symbols", "history_revision"),
     *("history_restate", "history_split", "history_events", "cache_read", "cache_write"),
@@ -30,12 +51,24 @@ _STAGE_SECONDS: Final = (
 )
 _ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128)
 _REDIS_SECONDS: Final = (0.0002, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25)
+_LAG_SECONDS: Final = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1)
+_LOOP_EVERY: Final = 0.5  # seconds from one look at the event loop to the next
+
+
+class Snapshot(Collector):
+    """Series made anew at every scrape, in a thread, so that those of what has gone are gone."""
+
+    def __init__(self, make: Callable[[], Iterable[Metric]]) -> None:
+        self._make = make
+
+    def collect(self) -> Iterable[Metric]:
+        return self._make()
 
 
 class Metrics:
     """The series, by name; label values are bounded by the routes and the model store."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, *, role: str = "all", device: str = "cpu") -> None:
         # `_created` gauges double the number of series and nobody reads them
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = registry
@@ -45,6 +78,8 @@ class Metrics:
         self._state(registry)
         self._ledger(registry)
         self._watch(registry)
+        self._evaluator(registry)
+        self._process(registry, role, device)
 
     def _http(self, to: CollectorRegistry) -> None:
         self.http_requests = Counter(
@@ -56,6 +91,9 @@ class Metrics:
             ["route", "method"],
             buckets=_HTTP_SECONDS,
             registry=to,
+        )
+        self.http_in_flight = Gauge(
+            "candlecast_http_requests_in_flight", "Requests that are being answered, and open streams.", registry=to
         )
         self.forecasts = Counter(
             "candlecast_forecast_requests_total", "Forecast requests by outcome.", ["model", "outcome"], registry=to
@@ -88,6 +126,18 @@ class Metrics:
         self.batches_abandoned = Counter(
             "candlecast_batches_abandoned_total", "Batches given up half-way: nobody waited.", ["model"], registry=to
         )
+        self.busy_seconds = Counter(
+            "candlecast_inference_busy_seconds_total",
+            "Time in which the engine's thread could take no other batch.",
+            ["model"],
+            registry=to,
+        )
+        self.inference_failures = Counter(
+            "candlecast_inference_failures_total",
+            "Batches that failed: their output was no forecast, memory ran out, or anything else.",
+            ["model", "reason"],
+            registry=to,
+        )
         self.refusals = Counter(
             "candlecast_refusals_total",
             "Requests refused early: no slot was free, the queue is too long for their deadline, or any would be.",
@@ -103,6 +153,12 @@ class Metrics:
         )
         self.model_load_seconds = Gauge(
             "candlecast_model_load_seconds", "Time the newest load of the model took.", ["model"], registry=to
+        )
+        self.model_load_failures = Counter(
+            "candlecast_model_load_failures_total",
+            "Loads that failed: the bytes are not those of the manifest, or anything else.",
+            ["model", "reason"],
+            registry=to,
         )
 
     def _cache(self, to: CollectorRegistry) -> None:
@@ -164,6 +220,47 @@ class Metrics:
             self.watch_refreshes.labels(outcome)
         self.streams = Gauge("candlecast_streams_open", "Callers who stream forecasts.", registry=to)
 
+    def _evaluator(self, to: CollectorRegistry) -> None:
+        self.evaluator_success = Gauge(
+            "candlecast_evaluator_last_success_timestamp_seconds",
+            "When what candles have scored was last in the standings, as far as it had been announced.",
+            registry=to,
+        )
+        self.evaluator_seconds = Gauge(
+            "candlecast_evaluator_duration_seconds", "Time of the newest round over all series.", registry=to
+        )
+        self.evaluator_failures = Counter(
+            "candlecast_evaluator_failures_total", "Rounds, or series in a round, that were not evaluated.", registry=to
+        )
+
+    def _process(self, to: CollectorRegistry, role: str, device: str) -> None:
+        build = Info("candlecast_build", "What runs here.", registry=to)
+        build.info(
+            {
+                "version": version("candlecast"),
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "role": role,
+                "device": device,
+            }
+        )
+        self.loop_lag = Histogram(
+            "candlecast_event_loop_lag_seconds",
+            "How much later than due the event loop came to a task.",
+            buckets=_LAG_SECONDS,
+            registry=to,
+        )
+        to.register(Snapshot(lambda: _gpu_memory(device)))
+        ProcessCollector(registry=to)
+        GCCollector(registry=to)
+
+    async def watch_loop(self) -> None:
+        """Note, until cancelled, how late the event loop is."""
+        while True:
+            started = time.monotonic()
+            await asyncio.sleep(_LOOP_EVERY)
+            self.loop_lag.observe(max(0.0, time.monotonic() - started - _LOOP_EVERY))
+
     def expect_model(self, model: str) -> None:
         """Start the model's series at zero, so that a rate exists before the first event."""
         for outcome in OUTCOMES:
@@ -174,7 +271,12 @@ class Metrics:
             self.batches_released.labels(model, reason)
         for kind in ROW_KINDS:
             self.computed_rows.labels(model, kind)
+        for reason in FAILURES:
+            self.inference_failures.labels(model, reason)
+        for reason in LOAD_FAILURES:
+            self.model_load_failures.labels(model, reason)
         self.batches_abandoned.labels(model)
+        self.busy_seconds.labels(model)
 
     @contextlib.contextmanager
     def redis_operation(self, op: str) -> Iterator[None]:
@@ -187,3 +289,13 @@ class Metrics:
             raise
         finally:
             self.redis_seconds.labels(op).observe(time.monotonic() - started)
+
+
+def _gpu_memory(device: str) -> Iterator[Metric]:
+    """No series on a CPU, or before the first model is on the GPU."""
+    found = GaugeMetricFamily("candlecast_gpu_memory_bytes", "Memory of the models' GPU.", labels=("device", "kind"))
+    if device.startswith("cuda") and torch.cuda.is_initialized():
+        found.add_metric((device, "allocated"), torch.cuda.memory_allocated(device))
+        found.add_metric((device, "reserved"), torch.cuda.memory_reserved(device))
+        found.add_metric((device, "total"), torch.cuda.get_device_properties(device).total_memory)
+    yield found

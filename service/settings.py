@@ -1,7 +1,7 @@
 """Every knob of the service, and the only reader of the environment."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -9,18 +9,27 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from service.api.watchlist import WatchEntry, parse_watch
 from service.score.recalibration import Mode
 
+Role = Literal["all", "api", "evaluator"]
 Watch = Annotated[
     tuple[WatchEntry, ...],
     NoDecode,  # or it would have to be JSON
     BeforeValidator(lambda given: parse_watch(given) if isinstance(given, str) else given),
 ]
+_SECRETS: Final = Path("/run/secrets")  # where Docker and Kubernetes mount them
 
 
 class Settings(BaseSettings):
-    """Each field is the environment variable CANDLECAST_<FIELD>."""
+    """Each field is the environment variable CANDLECAST_<FIELD>, or the file candlecast_<field> in /run/secrets."""
 
-    model_config = SettingsConfigDict(env_prefix="CANDLECAST_", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="CANDLECAST_", frozen=True, secrets_dir=_SECRETS if _SECRETS.is_dir() else None
+    )
 
+    role: Role = Field(
+        "all",
+        description="api: forecasts, and publishes no metrics of single symbols; evaluator: publishes those, and"
+        " forecasts nothing; all: both. Beside several processes of role api one evaluator is enough.",
+    )
     host: str = Field("127.0.0.1", description="Address that both ports listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port for callers; 0 picks a free one.")
     admin_port: int = Field(8001, ge=0, le=65535, description="Port for /metrics; 0 picks a free one.")
@@ -45,6 +54,12 @@ class Settings(BaseSettings):
     max_streams: NonNegativeInt = Field(256, description="Streams of forecasts that may be open; more answer 503.")
     watchdog_seconds: PositiveFloat = Field(60, description="A step of a batch that takes longer fails /livez.")
     cache_bytes: NonNegativeInt = Field(64 * 2**20, description="Memory for forecasts that still hold; 0 keeps none.")
+    metric_symbols: NonNegativeInt = Field(
+        100, description="Symbols with metrics of their own: the first by name; the others count in their models'."
+    )
     max_body_bytes: PositiveInt = Field(8 * 2**20, description="Largest request body; a larger one answers 413.")
     request_timeout_ms: PositiveInt = Field(20_000, description="Deadline of a request that names none.")
-    shutdown_seconds: PositiveInt = Field(20, description="Longest wait for open requests after SIGTERM.")
+    drain_seconds: float = Field(
+        0, ge=0, le=3600, description="After SIGTERM /readyz answers 503, and all else goes on for so long."
+    )
+    shutdown_seconds: PositiveInt = Field(20, description="Longest wait for open requests once nothing is accepted.")

@@ -71,6 +71,10 @@ class TooManyStreams(RuntimeError):
     """As many streams are open as may be."""
 
 
+class ForecastsElsewhere(LookupError):
+    """This process keeps score of forecasts, and makes none."""
+
+
 class _Answer(NamedTuple):
     status: int
     code: str
@@ -82,6 +86,7 @@ _TABLE: Final[Mapping[type[Exception], _Answer]] = {
     UnknownSymbol: _Answer(404, "unknown_symbol"),
     VersionNotFound: _Answer(404, "unknown_model", "the store has no such model, version or alias"),
     NotWatched: _Answer(404, "not_watched"),
+    ForecastsElsewhere: _Answer(404, "forecasts_elsewhere", "this process keeps score, and forecasts nothing"),
     NoForecastYet: _Answer(503, "no_forecast_yet", retry_after=2),
     TooManyStreams: _Answer(503, "too_many_streams", retry_after=30),
     UnknownCalendar: _Answer(422, "unknown_calendar", "no calendar has this name"),
@@ -107,6 +112,7 @@ _POINTERS: Final[Mapping[type[Exception], str]] = {
 _NEXT_STEPS: Final[Mapping[str, str]] = {
     "unknown_symbol": "Send candles in the body, or store some with PUT /candles/{symbol}; GET /symbols lists them.",
     "not_watched": "Add it to CANDLECAST_WATCH, such as AAPL:kronos:30, and restart; or POST /forecast/{symbol}.",
+    "forecasts_elsewhere": "Ask a process whose CANDLECAST_ROLE is api or all.",
     "no_forecast_yet": "Store candles with PUT /candles/{symbol}; if there are enough, the service's log says why.",
     "too_many_streams": "Close one, raise CANDLECAST_MAX_STREAMS, or poll GET /forecast/{symbol}/latest.",
     "unknown_model": "GET /models lists what can be asked for.",
@@ -115,6 +121,7 @@ _NEXT_STEPS: Final[Mapping[str, str]] = {
     "model_not_available": "Name toto, kronos or a model that GET /models lists.",
     "overloaded": "Try again after Retry-After seconds.",
     "not_ready": "Try again after Retry-After seconds.",
+    "draining": "Connect anew: another process answers where there are several.",
     "history_unavailable": "Send the candles in the body: that needs no stored history.",
     "model_unavailable": "Name another version; the service's log says why this one does not load.",
     "deadline_exceeded": "Raise timeout_ms, or ask for fewer samples or a shorter horizon.",

@@ -1,4 +1,4 @@
-"""Between the socket and the routes: strict JSON, bounded bodies, slashes in symbols, counted answers."""
+"""Between the socket and the routes: strict JSON, bounded bodies, slashes in symbols, connections, counts."""
 
 import asyncio
 import json
@@ -115,6 +115,25 @@ class SymbolPaths:
         await self.app(scope, receive, send)
 
 
+class ClosedConnections:
+    """Every answer of a service that is about to stop ends its connection, so that the caller's next one finds another.
+
+    Else a balancer of connections would lead those that are kept alive to it until it has gone.
+    """
+
+    def __init__(self, app: ASGIApp, draining: Callable[[], bool]) -> None:
+        self.app = app
+        self.draining = draining
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def closing(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"connection", b"close")]
+            await send(message)
+
+        await self.app(scope, receive, closing if self.draining() else send)
+
+
 class CountedAnswers:
     """Counts and times every answer by the template of its route, never by its path."""
 
@@ -126,6 +145,7 @@ class CountedAnswers:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started = time.monotonic()
+        self.metrics.http_in_flight.inc()
         status = 500
 
         async def noted(message: Message) -> None:
@@ -137,6 +157,7 @@ class CountedAnswers:
         try:
             await self.app(scope, receive, noted)
         finally:
+            self.metrics.http_in_flight.dec()
             route = getattr(scope.get("route"), "path", _UNROUTED)
             method = scope["method"] if scope["method"] in _METHODS else "_other"
             self.metrics.http_requests.labels(route, method, str(status)).inc()

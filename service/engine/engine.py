@@ -9,6 +9,8 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import torch
+
 from models.forecaster import Abandoned, Batch, Forecast, ForecastInput, InvalidModelOutput, Raw, pad_rows
 from service.engine.batcher import (
     Batcher,
@@ -146,6 +148,7 @@ class Engine:
             running = _Running(bound)
             self._running.add(running)
             self._compute(running)
+            self._metrics.busy_seconds.labels(running.model.name).inc(running.seconds())
 
     def _compute(self, running: _Running) -> None:
         """Run a batch, and finish it too unless a whole batch waits for this thread.
@@ -197,6 +200,8 @@ class Engine:
                 return
         else:
             _log.error("a batch of %d for %s failed", len(jobs), name, exc_info=error)
+        if not isinstance(error, Abandoned):
+            self._metrics.inference_failures.labels(name, _reason(error)).inc()
         self._deliver(running, [error] * len(jobs))
 
     def _note(self, running: _Running, batch: Batch) -> None:
@@ -218,6 +223,13 @@ class Engine:
         self._running.discard(running)
         assert self._loop is not None
         self._loop.call_soon_threadsafe(_resolve_all, running.jobs, outcomes)
+
+
+def _reason(error: Exception) -> str:
+    """Of FAILURES."""
+    if isinstance(error, InvalidModelOutput):
+        return "invalid_output"
+    return "out_of_memory" if isinstance(error, (MemoryError, torch.OutOfMemoryError)) else "error"
 
 
 async def _wait(job: Job, deadline: float) -> Computed:

@@ -4,15 +4,19 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from prometheus_client import Metric
+from prometheus_client.core import GaugeMetricFamily
+
+from model_store.files import VerificationFailed
 from model_store.manifest import Manifest
 from model_store.store import ModelStore
 from models.forecaster import Forecaster
 from service.engine.selection import Choice, Selection
-from service.metrics import Metrics
+from service.metrics import Metrics, Snapshot
 
 _log = logging.getLogger(__name__)
 
@@ -76,6 +80,7 @@ class Registry:
         self._resolved: dict[str, tuple[tuple[int, int], str]] = {}
         self._noted: set[str] = set()
         self._loads: dict[str, asyncio.Task[LoadedModel]] = {}
+        metrics.registry.register(Snapshot(self._as_metrics))
 
     async def get(self, reference: str) -> LoadedModel:
         """The version that `name`, `name@version` or `name@alias` means now, loaded if it is not yet.
@@ -104,7 +109,7 @@ class Registry:
         """`name@version` to the versions in memory."""
         return {
             exact: self._settled.get(exact, load.result())
-            for exact, load in self._loads.items()
+            for exact, load in list(self._loads.items())  # read by a thread too
             if load.done() and not load.cancelled() and load.exception() is None
         }
 
@@ -147,6 +152,8 @@ class Registry:
             model = await asyncio.to_thread(self._read, exact)
         except Exception as error:
             del self._loads[exact]  # the next request tries again
+            reason = "verification" if isinstance(error, VerificationFailed) else "error"
+            self._metrics.model_load_failures.labels(name, reason).inc()
             _log.exception("%s cannot be loaded", exact)
             raise ModelUnavailable(f"{exact} cannot be loaded") from error
         settling = asyncio.create_task(self._settle(exact, model), name=f"settle {exact}")
@@ -173,6 +180,13 @@ class Registry:
         self._settled[exact] = LoadedModel(
             eager.manifest, forecaster, runtime=choice.runtime, dtype=choice.dtype, choice=choice
         )
+
+    def _as_metrics(self) -> Iterator[Metric]:
+        labels = ("model", "version", "runtime", "dtype", "device")
+        info = GaugeMetricFamily("candlecast_model_info", "1 for every version in memory.", labels=labels)
+        for model in self.loaded().values():
+            info.add_metric((model.name, model.version, model.runtime, model.dtype, self._device), 1)
+        yield info
 
     async def stop(self) -> None:
         """Wait for what is being settled: its thread cannot be interrupted."""

@@ -10,7 +10,7 @@ sums each time: there is no detector whose state could be lost, and a restatemen
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from models.scoring import MARGIN, block_length
 from service.score.ledger import Blocks
 
 State = Literal["ok", "warn", "alarm", "insufficient", "no_baseline"]
+STATES: Final[tuple[State, ...]] = get_args(State)
 
 SLACK: Final = 0.5
 WARN: Final = 5.0

@@ -14,9 +14,13 @@ import numpy as np
 from model_store.files import StoreError
 from model_store.manifest import Baseline
 from model_store.store import PRODUCTION, ModelStore
-from models.candles import interval_ms
+from models.calendars import UnknownCalendar, get_calendar
+from models.candles import InvalidCandles, interval_ms
 from models.scoring import block_length, group_of
-from service.engine.history import History, HistoryUnavailable
+from service.engine.history import History, HistoryUnavailable, StoredSeries
+from service.engine.series import Series as Candles
+from service.engine.series import stale_from
+from service.metrics import Metrics
 from service.score.auto import NAIVE, chosen
 from service.score.drift import Drift, Losses, baseline_for, drift_of_model, drift_of_symbol, losses
 from service.score.ledger import SUMS, Blocks, Ledger
@@ -60,6 +64,14 @@ class ModelStanding:
 
 
 @dataclass(frozen=True)
+class Freshness:
+    """Of the stored candles of a series, UTC ms."""
+
+    last_close: int
+    stale_from: int  # when so many more have closed that a forecast from these is one of the past
+
+
+@dataclass(frozen=True)
 class _Evaluated:
     """What one evaluation of a series found."""
 
@@ -78,12 +90,16 @@ class Evaluator:
     What went wrong is logged and tried again.
     """
 
-    def __init__(self, ledger: Ledger, history: History, store: ModelStore, now: Callable[[], int]) -> None:
+    def __init__(
+        self, ledger: Ledger, history: History, store: ModelStore, now: Callable[[], int], metrics: Metrics
+    ) -> None:
         self.last_success = 0.0  # UTC seconds
         self._ledger = ledger
         self._history = history
         self._store = store
         self._now = now
+        self._metrics = metrics
+        self._fresh: Mapping[Series, Freshness] = {}
         self._known: dict[Series, _Evaluated] = {}
         self._models: tuple[ModelStanding, ...] = ()
         self._baselines = lru_cache(256)(lambda exact: store.manifest(exact).baselines)
@@ -93,6 +109,7 @@ class Evaluator:
         self._progress = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._stopped = False
+        metrics.evaluator_success.set_function(lambda: self.last_success)
 
     def start(self) -> None:
         """Evaluate everything, then whatever is touched."""
@@ -110,6 +127,14 @@ class Evaluator:
         """Of one series; empty where nothing was scored."""
         found = self._known.get((symbol, interval))
         return found.published if found else _NOTHING
+
+    def series(self) -> Mapping[Series, SeriesStandings]:
+        """Of every series of which anything was scored."""
+        return {series: found.published for series, found in list(self._known.items())}
+
+    def freshness(self) -> Mapping[Series, Freshness]:
+        """Of every stored series, a minute ago at most."""
+        return self._fresh
 
     def models(self) -> tuple[ModelStanding, ...]:
         """Every model over all its symbols."""
@@ -165,8 +190,10 @@ class Evaluator:
     async def _work(self) -> None:
         due, failed = 0.0, False
         while not self._stopped:
+            started = time.monotonic()
+            everything = started >= due
             try:
-                if time.monotonic() >= due:
+                if everything:
                     await self._look_at_all()
                     due = time.monotonic() + _EVERY_SECONDS
                 while self._touched:
@@ -175,11 +202,15 @@ class Evaluator:
                     self._advance()
                 await self.summarise()
                 self.last_success, failed = time.time(), False
+                if everything:
+                    self._metrics.evaluator_seconds.set(time.monotonic() - started)
             except (HistoryUnavailable, *REDIS_ERRORS) as error:
                 if not failed:
                     _log.warning("scores are not up to date: %s", type(error).__name__)
+                self._metrics.evaluator_failures.inc()
                 due, failed = 0.0, True  # everything, as soon as Redis answers
             except Exception:  # noqa: BLE001 - the next candles may be better
+                self._metrics.evaluator_failures.inc()
                 _log.exception("an evaluation failed")
             self._advance()
             if not self._stopped:
@@ -187,10 +218,14 @@ class Evaluator:
 
     async def _look_at_all(self) -> None:
         """Every series may have candles from another process, and targets that are too old to be kept."""
-        stored = [(each.symbol, each.interval) for each in await self._history.symbols()]
-        for each in stored:
+        stored = await self._history.symbols()
+        self._fresh = await asyncio.to_thread(_freshness, stored)
+        series = {(each.symbol, each.interval) for each in stored}
+        for each in series:
             await self._ledger.sweep(*each, self._now())
-        self._touched |= set(stored)
+        for gone in self._known.keys() - series:
+            del self._known[gone]
+        self._touched |= series
 
     def _advance(self) -> None:
         self._current = None
@@ -203,6 +238,7 @@ class Evaluator:
         except (HistoryUnavailable, *REDIS_ERRORS):
             raise
         except Exception:  # noqa: BLE001 - one series must not keep the others waiting
+            self._metrics.evaluator_failures.inc()
             _log.exception("%s %s was not evaluated", symbol, interval)
 
     async def _rest(self, seconds: float) -> None:
@@ -288,6 +324,18 @@ class Evaluator:
         """The first block whose candles may still be on their way."""
         step = interval_ms(interval)
         return (self._now() - step - max(2 * step, _SETTLE_MS)) // (block_length(group) * step)
+
+
+def _freshness(stored: Sequence[StoredSeries]) -> dict[Series, Freshness]:
+    """Of the series whose calendar can be read and reaches their last candle."""
+    found = {}
+    for each in stored:
+        with contextlib.suppress(UnknownCalendar, InvalidCandles, LookupError):
+            last = np.array([each.last], dtype=np.int64)
+            calendar = get_calendar(each.calendar)
+            candles = Candles(each.symbol, each.interval, calendar, last, np.empty((1, 6)), "history")
+            found[each.symbol, each.interval] = Freshness(candles.as_of, stale_from(candles))
+    return found
 
 
 def _by_block(parts: Sequence[Blocks]) -> np.ndarray[Any, Any]:

@@ -107,10 +107,14 @@ async def test_damaged_weights_are_never_served(running: Any, rows: Any, store: 
     manifest = put_naive("broken")
     path = Path(store.root) / "broken" / manifest.version / "config.json"
     path.write_bytes(path.read_bytes() + b" ")
-    async with running() as (client, _):
+    async with running() as (client, app):
         answer = await client.post("/forecast/BTC", json=NAIVE | {"model": "broken", "candles": rows()})
         assert answer.status_code == 503
         assert answer.json()["code"] == "model_unavailable"
+        failed = {"model": "broken", "reason": "verification"}
+        registry = app.state.services.metrics.registry
+        assert registry.get_sample_value("candlecast_model_load_failures_total", failed) == 1
+        assert registry.get_sample_value("candlecast_model_ready", {"model": "broken"}) is None
 
 
 async def test_a_broken_manifest_hides_no_other_model(
@@ -145,7 +149,7 @@ async def scrape(app: Any) -> str:
 
 
 async def test_metrics_count_what_happened(running: Any, rows: Any) -> None:
-    async with running() as (client, app):
+    async with running(role="api") as (client, app):
         await client.put("/candles/BTC", json={"candles": rows(), "interval": "1h"})
         await client.post("/forecast/BTC", json=NAIVE)
         await client.post("/forecast/BTC", json=NAIVE | {"samples": 3})
@@ -208,3 +212,21 @@ async def test_every_series_of_a_loaded_model_starts_at_zero(running: Any, rows:
         'candlecast_cache_requests_total{result="bypass"} 0.0',
     ):
         assert line in text, line
+
+
+async def test_what_the_engine_did_is_counted(running: Any, rows: Any, faulty: Any, faulty_build: Any) -> None:
+    body = NAIVE | {"candles": rows(), "cache": "bypass"}
+    async with running(build=faulty_build) as (client, app):
+        registry = app.state.services.metrics.registry
+        await client.post("/forecast/BTC", json=body)
+        faulty.guilty = 7
+        await client.post("/forecast/BTC", json=body | {"seed": 7})
+        faulty.failure = MemoryError()
+        await client.post("/forecast/BTC", json=body)
+        name, model = "candlecast_inference_failures_total", {"model": "naive"}
+        reasons = ("invalid_output", "out_of_memory", "error")
+        assert [registry.get_sample_value(name, model | {"reason": each}) for each in reasons] == [1, 1, 0]
+        assert registry.get_sample_value("candlecast_inference_busy_seconds_total", model) > 0
+        assert registry.get_sample_value("candlecast_http_requests_in_flight") == 0
+        [info] = [family for family in registry.collect() if family.name == "candlecast_model_info"]
+        assert [sample.labels["model"] for sample in info.samples] == ["naive"]

@@ -26,13 +26,15 @@ serve(Settings(), lambda at: print(json.dumps({"url": at.url, "admin": at.admin_
 
 
 @pytest.fixture
-def process(tmp_path: Path, store: Any, put_naive: Any) -> Iterator[Any]:
+def process(request: Any, tmp_path: Path, store: Any, put_naive: Any) -> Iterator[Any]:
+    """A service with the settings of `@pytest.mark.parametrize("process", […], indirect=True)`."""
     put_naive()
     environment = os.environ | {
         "CANDLECAST_HOME": str(tmp_path / "home"),
         "CANDLECAST_STORE_ROOT": str(store.root),
         "CANDLECAST_PORT": "0",
         "CANDLECAST_ADMIN_PORT": "0",
+        **getattr(request, "param", {}),
     }
     with subprocess.Popen([sys.executable, "-c", PROGRAM], env=environment, stdout=subprocess.PIPE, text=True) as child:
         yield child
@@ -70,6 +72,23 @@ def test_an_open_request_is_finished_after_sigterm(process: Any, rows: Any) -> N
         threading.Event().wait(0.5)
         caller.sendall(body[-10:])
         assert caller.recv(65536).startswith(b"HTTP/1.1 200")
+    assert process.wait(20) == 0
+
+
+@pytest.mark.parametrize("process", [{"CANDLECAST_DRAIN_SECONDS": "600"}], indirect=True)
+def test_a_drain_sends_callers_away_while_it_answers_and_a_second_signal_ends_it(process: Any, rows: Any) -> None:
+    at = listening(process)
+    body = {"model": "naive", "interval": "1h", "candles": rows(), "horizon": 2}
+    with httpx.Client(base_url=at["url"]) as kept_alive:
+        assert "connection" not in kept_alive.get("/livez").headers
+        process.send_signal(signal.SIGTERM)
+        while (ready := httpx.get(f"{at['url']}/readyz")).status_code == 200:
+            pass
+        assert (ready.status_code, ready.json()["code"]) == (503, "draining")
+        answer = kept_alive.post("/forecast/BTC", json=body)
+        assert (answer.status_code, answer.headers["connection"]) == (200, "close")
+        assert httpx.get(f"{at['url']}/livez").status_code == 200
+    process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0
 
 

@@ -19,8 +19,10 @@ async def livez(parts: Parts) -> Any:
 
 @router.get("/readyz", response_model=Health, summary="Should callers be sent here")
 async def readyz(parts: Parts) -> Any:
-    """200 from start-up until SIGTERM; without Redis too."""
-    return _health(parts.engine.alive and parts.started and not parts.draining, parts.degraded)
+    """200 from start-up until SIGTERM, then 503 `draining` while the others still answer; without Redis too."""
+    if parts.draining:
+        return problem(503, "draining", "about to stop", headers={"Retry-After": "2"})
+    return _health(parts.engine.alive and parts.started, parts.degraded)
 
 
 @router.get("/startupz", response_model=Health, summary="Has start-up finished")

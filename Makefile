@@ -5,7 +5,7 @@
 
 BIN := .venv/bin
 PINS := -c requirements.lock -c constraints.txt
-SOURCES := models model_store training service feeds bench tests candlecast.py
+SOURCES := models model_store training service feeds bench monitoring tests candlecast.py
 DEVICE ?= cpu
 # The first Python on the PATH that is new enough; PYTHON=... overrides it.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
@@ -39,6 +39,17 @@ lint: .venv/.tested ## ruff and mypy --strict
 format: .venv/.tested ## let ruff format and fix the sources
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
+
+dashboards: .venv/.installed ## write monitoring/grafana/dashboards from the tables in monitoring/dashboards.py
+	$(BIN)/python monitoring/dashboards.py
+
+rules: ## write monitoring/rules for the Prometheus operator, into k8s/
+	@{ echo "# make rules writes this from monitoring/rules."; \
+	for file in monitoring/rules/*.yml; do \
+		printf '%s\n' --- "apiVersion: monitoring.coreos.com/v1" "kind: PrometheusRule" "metadata:" \
+			"  name: candlecast-$$(basename $$file .yml)" "spec:"; \
+		sed 's/^./  &/' $$file; \
+	done; } > k8s/components/monitoring/rules.yaml
 
 # uv reads none of pip's settings: hand it pip's own folder of wheels. The local part of a version (+cpu) stays out of
 # the lock, so that one lock serves the CPU and the CUDA build of torch.
@@ -75,4 +86,4 @@ clean: ## delete the environment and every cache; candles, models and what the s
 	.venv-peers/bin/pip install --disable-pip-version-check --quiet --no-deps -r tests/reference.txt
 	touch $@
 
-.PHONY: help serve test test-long bench bench-peers lint format lock clean
+.PHONY: help serve test test-long bench bench-peers lint format dashboards rules lock clean

@@ -1,6 +1,8 @@
 """The command line: one verb per function, each importing its package only when called."""
 
 import json
+import os
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -51,6 +53,8 @@ class Verbs(click.Group):
     """Turns errors that a user can mend into one line and exit code 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        if os.getpid() == 1:  # of a container: the kernel keeps from it every signal that it does not handle
+            signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
         try:
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
@@ -126,6 +130,32 @@ def _load_history(folder: Path, url: str) -> list[str]:
     except (ValueError, OSError, NoAnswer) as error:
         click.echo(f"loading {folder} ended early: {error}", err=True)
     return loaded
+
+
+@main.command()
+@click.option("--host", envvar="CANDLECAST_HOST", default="127.0.0.1", show_default=True, help="Where it listens.")
+@click.option("--port", envvar="CANDLECAST_PORT", default=8000, show_default=True)
+@JsonFlag
+def health(host: str, port: int, as_json: bool) -> None:
+    """Tell whether the service on this machine is ready: exit code 0, or 1 with the reason.
+
+    Every address (0.0.0.0 or ::) is asked as this machine.
+    """
+    from http.client import HTTPConnection, HTTPException
+
+    connection = HTTPConnection({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port, timeout=3)
+    try:
+        connection.request("GET", "/readyz")
+        answer = connection.getresponse()
+        body = answer.read()
+    except (HTTPException, OSError) as error:
+        raise click.ClickException(f"{host}:{port} does not answer: {error}") from error
+    finally:
+        connection.close()
+    if answer.status != 200:
+        raise click.ClickException(f"{host}:{port} is not ready: {answer.status}")
+    degraded = json.loads(body)["degraded"]
+    click.echo(body.decode() if as_json else ", ".join(["ready", *degraded]))
 
 
 @main.command()
@@ -550,14 +580,41 @@ def show(reference: str, store_root: Path, as_json: bool) -> None:
 
 
 @store.command()
-@click.argument("reference")
+@click.argument("references", metavar="NAME...", nargs=-1, required=True)
+@click.option("--wait", default=0.0, metavar="SECONDS", help="Longest wait for a NAME that the store lacks so far.")
 @StoreRoot
 @JsonFlag
-def verify(reference: str, store_root: Path, as_json: bool) -> None:
-    """Hash every file of a version against its manifest."""
+def verify(references: tuple[str, ...], wait: float, store_root: Path, as_json: bool) -> None:
+    """Hash every file of each NAME, NAME@VERSION or NAME@ALIAS against its manifest.
+
+    \b
+    Example: candlecast store verify toto-demo kronos-demo --wait 600
+    """
+    import time
+
     from model_store.store import ModelStore
 
-    _print_version(ModelStore(store_root).verify(reference), as_json, ["every file is what was stored"])
+    root, until = ModelStore(store_root), time.monotonic() + wait
+    for reference in references:
+        _await_version(root, reference, until)
+        _print_version(root.verify(reference), as_json, ["every file is what was stored"])
+
+
+def _await_version(root: "ModelStore", reference: str, until: float) -> None:
+    """Return once the store has `reference`; VersionNotFound if it has not by `until`, of the monotonic clock."""
+    import time
+
+    from model_store.files import VersionNotFound
+
+    while True:
+        try:
+            root.resolve(reference)
+            return
+        except VersionNotFound as error:
+            if time.monotonic() >= until:
+                raise
+            _complain(f"waiting: {error}")
+        time.sleep(2)
 
 
 @store.command("import")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,6 +93,34 @@ def test_store_lists_shows_and_verifies(candlecast: Candlecast, trained: Any) ->
     assert "skill" in candlecast("store", "show", "toto-demo").stdout
     assert candlecast("store", "verify", "kronos-demo").returncode == 0
     assert candlecast("store", "promote", "kronos-demo", "--force", "a test").returncode == 0
+
+
+def test_verify_waits_for_a_version_that_another_process_stores(
+    trained: dict[str, dict[str, Any]], place: Path, environment: dict[str, str]
+) -> None:
+    command = [sys.executable, str(ROOT / "candlecast.py"), "store", "verify", "toto-demo", "kronos-demo", "--json"]
+    command += ["--wait", "60", "--store", str(place / "late")]
+    waiting = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert waiting.stderr is not None
+        assert "the store has no toto-demo@production" in waiting.stderr.readline()
+        shutil.copytree(place / "store", place / "copied")
+        (place / "copied").rename(place / "late")  # whole at once, as a version comes
+        told, _ = waiting.communicate(timeout=60)
+    finally:
+        waiting.kill()
+    assert waiting.returncode == 0
+    assert [json.loads(line)["version"] for line in told.splitlines()] == [each["version"] for each in trained.values()]
+
+
+@pytest.mark.usefixtures("trained")
+def test_verify_fails_when_any_of_its_versions_is_damaged(candlecast: Candlecast, place: Path) -> None:
+    shutil.copytree(place / "store", place / "damaged")
+    (weights,) = (place / "damaged" / "kronos-demo").glob("*/weights.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
+    done = candlecast("store", "verify", "toto-demo", "kronos-demo", "--wait", "60", "--store", str(place / "damaged"))
+    assert done.returncode == 1
+    assert "kronos-demo" in done.stderr
 
 
 @pytest.mark.usefixtures("trained")

@@ -7,7 +7,7 @@ from typing import Final
 
 import click
 
-from bench import curves, floor, forecasts, http
+from bench import capacity, curves, floor, forecasts, http
 from bench.run import RESULTS, Measure, run
 
 MEASURES: Final[Mapping[str, Measure]] = {
@@ -26,6 +26,9 @@ MEASURES: Final[Mapping[str, Measure]] = {
     "http-cached": http.cached,
     "http-latest": http.latest,
     "http-fastapi": http.against_plain_fastapi,
+    "capacity-replicas": capacity.replicas,
+    "capacity-redis": capacity.redis,
+    "capacity-memory": capacity.memory,
     "curve-paths": curves.curve_of_paths,
     "curve-symbols": curves.curve_of_symbols,
     "curve-toto-symbols": curves.curve_of_toto_symbols,

@@ -36,7 +36,7 @@ def overhead(bench: Workbench) -> list[Row]:
     """
     service, body = bench.service, forecast_body("toto", CANDLES)
     settled = service.warm_up(body)
-    load = _computed(service.client.run(service.forecast_url(), body, clients=1, seconds=bench.seconds(20)))
+    load = computed(service.client.run(service.forecast_url(), body, clients=1, seconds=bench.seconds(20)))
     added = sorted(1e3 * (record["done"] - record["due"]) - engine_ms(record) for record in load.records)
     engine = percentile(sorted(map(engine_ms, load.records)), 50)
     with _bytes_server(bench, service.ask(body, seed=1), wait_ms=engine) as url:
@@ -46,7 +46,7 @@ def overhead(bench: Workbench) -> list[Row]:
     rows = []
     for percent, reach in ((50, 1.0), (99, 3.0)):
         measured = {"engine": engine, "added by a plain endpoint that sleeps so long": percentile(plain, percent)}
-        detail = {**_model(settled), "requests": len(added), "milliseconds": measured}
+        detail = {**model_facts(settled), "requests": len(added), "milliseconds": measured}
         value = percentile(added, percent)
         rows.append(Row(f"{work}: added p{percent}", against, value, reach, "lower", " ms", detail))
     return rows
@@ -73,26 +73,26 @@ def under_load(bench: Workbench) -> list[Row]:
     offline, held = [], []
     for _ in range(1 if bench.quick else 2):
         offline.append(_offline(forecaster, rows, seconds))
-        held.append(_computed(service.client.run(url, body, clients=_MANY, seconds=seconds)).per_second)
+        held.append(computed(service.client.run(url, body, clients=_MANY, seconds=seconds)).per_second)
     few = {
-        count: _computed(service.client.run(url, body, clients=count, seconds=seconds / 2)).per_second
+        count: computed(service.client.run(url, body, clients=count, seconds=seconds / 2)).per_second
         for count in (1, 8)
     }
     capacity = median(held)
-    detail = {**_model(settled), "offline_rows": rows}
+    detail = {**model_facts(settled), "offline_rows": rows}
     held_by = {f"{count} callers": rate for count, rate in {**few, _MANY: capacity}.items()}
     closed = {"per_second": {"offline": median(offline), **held_by}, "rounds": len(held)}
     work = f"forecasts/s over HTTP at concurrency {_MANY}"
     ratio = capacity / median(offline)
     return [
         Row(work, "the engine's offline batched throughput", ratio, 0.9, "higher", "×", detail | closed),
-        _poisson(bench, service, body, _LOAD * capacity, _model(settled)),
+        _poisson(bench, service, body, _LOAD * capacity, model_facts(settled)),
     ]
 
 
 def _poisson(bench: Workbench, service: Service, body: bytes, rate: float, model: Mapping[str, Any]) -> Row:
     """The slowest hundredth of an open loop, in service times of one batch."""
-    load = _computed(service.client.run(service.forecast_url(), body, rate=rate, seconds=bench.seconds(45)))
+    load = computed(service.client.run(service.forecast_url(), body, rate=rate, seconds=bench.seconds(45)))
     batch_ms = median(map(engine_ms, load.records))
     latencies = load.summary["latency_ms"]
     detail = {
@@ -129,12 +129,12 @@ def against_server(bench: Workbench, name: str, command: Sequence[str], envelope
         wait_until_listening(process, port, log)
         url, theirs = f"http://127.0.0.1:{port}/predict", envelope % body
         wait_until_answering(bench.service.client, url, theirs, log)
-        before = _computed(run(bench.service.forecast_url(), body, clients=clients, seconds=seconds))
+        before = computed(run(bench.service.forecast_url(), body, clients=clients, seconds=seconds))
         reference = _answered(run(url, theirs, clients=clients, seconds=seconds))
-        after = _computed(run(bench.service.forecast_url(), body, clients=clients, seconds=seconds))
+        after = computed(run(bench.service.forecast_url(), body, clients=clients, seconds=seconds))
     per_second = median([before.per_second, after.per_second])
     detail = {
-        **_model(settled),
+        **model_facts(settled),
         "clients": clients,
         "per_second": {"ours": per_second, "reference": reference.per_second},
         "latency_ms": {"ours": after.summary["latency_ms"], "reference": reference.summary["latency_ms"]},
@@ -179,7 +179,7 @@ def latest(bench: Workbench) -> list[Row]:
     with _bytes_server(bench, content) as bare:
         plain = _answered(run(bare, b"{}")).summary["latency_ms"]
     milliseconds = {"p50": times["p50"], "a plain endpoint p50": plain["p50"], "its p99": plain["p99"]}
-    detail = {**_model(settled), "milliseconds": milliseconds, "latency_ms": times, "bytes": len(content)}
+    detail = {**model_facts(settled), "milliseconds": milliseconds, "latency_ms": times, "bytes": len(content)}
     return [Row("GET latest: p99", "one caller, an idle service", times["p99"], 5, "lower", " ms", detail)]
 
 
@@ -222,7 +222,7 @@ def _offline(forecaster: Forecaster, rows: int, seconds: float) -> float:
     return done / spent
 
 
-def _computed(load: Load) -> Load:
+def computed(load: Load) -> Load:
     """`load`, each of whose requests was answered by a computation of its own."""
     shared = [record for record in _answered(load).records if record["meta"]["cache"] in ("hit", "coalesced")]
     if shared:
@@ -237,5 +237,6 @@ def _answered(load: Load) -> Load:
     return load
 
 
-def _model(answer: Mapping[str, Any]) -> dict[str, Any]:
+def model_facts(answer: Mapping[str, Any]) -> dict[str, Any]:
+    """What computed an answer, as the table shows it."""
     return {"runtime": answer["model"]["runtime"], "dtype": answer["model"]["dtype"]}

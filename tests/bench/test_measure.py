@@ -5,7 +5,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from bench import curves, floor, forecasts, http
+from bench import capacity, curves, floor, forecasts, http
 from bench.__main__ import MEASURES, main
 from bench.facts import header, machine_facts
 from bench.printed import print_report
@@ -61,6 +61,18 @@ def test_a_watched_forecast_is_asked_for(bench):
     [row] = http.latest(bench)
     assert 0 < row.detail["latency_ms"]["p50"] <= row.reached
     assert row.detail["bytes"] > 0
+
+
+@pytest.mark.long
+def test_capacity_is_measured_of_two_replicas_a_load_and_redis(bench):
+    rows = list(capacity.replicas(bench))
+    assert len(rows) == 4
+    assert all(set(row.detail["per_second"]) == {"one replica", "two replicas", "a core's time"} for row in rows)
+    assert all(row.detail["megabytes"]["grown"] > 0 for row in capacity.memory(bench))
+    memory, *spent = capacity.redis(bench)
+    assert memory.detail["kilobytes per symbol"]["candles"] * 1e3 > 2000 * 56
+    assert memory.detail["kilobytes per symbol"]["forecast"] * 1e3 > 64 * 52
+    assert all(row.detail["commands"] > 1 for row in spent)
 
 
 def test_a_measurement_that_fails_loses_no_other_and_is_shown(capsys):

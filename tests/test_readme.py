@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(?:sh|bash|console)\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -58,6 +59,17 @@ def test_every_option_in_the_readme_is_one_its_verb_takes() -> None:
             shown = candlecast(*path[:1], "--help")
         for option in [word.partition("=")[0] for word in words if word.startswith("--")]:
             assert option in shown.stdout, f"{' '.join(words)}: {option}"
+
+
+def test_every_folder_and_service_that_docker_and_kubectl_are_given_exists() -> None:
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    deployed = [words for words in commands() if words[0] in ("docker", "kubectl")]
+    assert deployed
+    for words in deployed:
+        if words[:2] == ["docker", "compose"] and words[2] != "up":
+            assert set(services) & set(words[3:]), words
+        if "-k" in words:
+            assert (ROOT / words[words.index("-k") + 1] / "kustomization.yaml").is_file(), words
 
 
 @pytest.mark.parametrize("name", ["README.md", "LICENSE", "NOTICE", "CHANGELOG.md"])

@@ -24,13 +24,14 @@ StoreRoot = click.option(
     type=click.Path(path_type=Path),
     help="Folder of the model store.",
 )
+CandleFolder = click.Path(exists=True, file_okay=False, path_type=Path)
 DataFolder = click.option(
     "--data",
     "folder",
     default=Path("data/samples"),
     show_default=True,
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder with one CSV per symbol.",
+    type=CandleFolder,
+    help="Folder of CSV or Parquet files.",
 )
 ServiceUrl = click.option(
     "--url",
@@ -77,7 +78,7 @@ def main(debug: bool) -> None:
     "--load",
     "folder",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Put these candles, one CSV per symbol, into the history once the service is up.",
+    help="Put these candles, CSV or Parquet files, into the history once the service is up.",
 )
 @JsonFlag
 def serve(folder: Path | None, as_json: bool) -> None:
@@ -293,14 +294,67 @@ def sample_data(folder: Path, as_json: bool) -> None:
     click.echo(json.dumps(paths) if as_json else f"{len(paths)} series in {folder}")
 
 
+@main.group()
+def data() -> None:
+    """Candles in files."""
+
+
+@data.command("check")
+@click.argument("folder", default=Path("data/samples"), type=CandleFolder)
+@click.option("--val-from", help="Training ends here, such as 2009-01-01; default: after 70 % of all candles.")
+@click.option("--test-from", help="The test's targets begin here; default: after 85 %.")
+@click.option("--unseen", default="", help="Comma-separated symbols to be held out of training.")
+@click.option("--horizon", type=click.IntRange(1), default=64, show_default=True, help="Candles between two parts.")
+@click.option("--calendar", default="auto", show_default=True, help="24/7, 24/5 or an exchange such as XNYS.")
+@click.option(
+    "--summary",
+    default=Path("data_summary.csv"),
+    show_default=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Where to write the table as a CSV file.",
+)
+@JsonFlag
+def check_data(folder: Path, summary: Path, as_json: bool, **options: Any) -> None:
+    """Show what FOLDER's candles hold: parts, gaps, bad rows, suspected splits. Fails only if a file is unreadable.
+
+    \b
+    Example: candlecast data check data/samples --val-from 2009-01-01 --test-from 2010-06-01 --unseen IBM
+    """
+    from rich.console import Console
+
+    from training.data_check import check, findings_table, write_summary
+
+    findings = check(folder, **options)
+    write_summary(findings, summary)
+    if as_json:
+        click.echo(json.dumps(findings.as_json()))
+    else:
+        Console(width=160).print(findings_table(findings))
+    if findings.unreadable:
+        raise click.ClickException("\n".join(findings.unreadable))
+
+
 @main.command()
 @click.argument(
     "paths", metavar="RECIPE...", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
 )
 @click.option("--if-missing", is_flag=True, help="Skip recipes whose model the store has in production.")
+@click.option("--train-root", type=CandleFolder, help="Train on this folder instead of what the recipe splits.")
+@click.option("--val-root", type=CandleFolder, help="Validate on this one, all of it later; may be left out.")
+@click.option("--test-root", type=CandleFolder, help="Test on this one, later still; symbols only it has are unseen.")
+@HomeFolder
 @StoreRoot
 @JsonFlag
-def train(paths: tuple[Path, ...], if_missing: bool, store_root: Path, as_json: bool) -> None:
+def train(
+    paths: tuple[Path, ...],
+    if_missing: bool,
+    train_root: Path | None,
+    val_root: Path | None,
+    test_root: Path | None,
+    home: Path,
+    store_root: Path,
+    as_json: bool,
+) -> None:
     """Train every RECIPE side by side, evaluate it and put the version into the store.
 
     \b
@@ -312,11 +366,15 @@ def train(paths: tuple[Path, ...], if_missing: bool, store_root: Path, as_json: 
     from training.train import verdict
 
     store, recipes = ModelStore(store_root), [read_recipe(path) for path in paths]
+    if train_root and test_root:
+        recipes = [recipe.with_roots(train_root, val_root, test_root) for recipe in recipes]
+    elif train_root or val_root or test_root:
+        raise click.UsageError("--train-root and --test-root go together")
     there = [r.name for r in recipes if if_missing and PRODUCTION in store.aliases(r.name)]
     missing = [recipe for recipe in recipes if recipe.name not in there]
     manifests = [store.manifest(name) for name in there]
     if missing:
-        manifests += train_all(missing, store_root, quiet=as_json)
+        manifests += train_all(missing, store_root, home / "cache", quiet=as_json)
     for manifest in manifests:
         _print_version(manifest, as_json, [verdict(evaluation) for evaluation in manifest.evaluations])
 

@@ -37,6 +37,10 @@ class Calendar(Protocol):
         """The `count` opening instants after the last of `timestamps`, on the same grid."""
         ...
 
+    def slots(self, timestamps: Millis, interval: str) -> Millis:
+        """Every opening instant from the first to the last of the rising `timestamps`, present among them or not."""
+        ...
+
     def closes(self, timestamps: Millis, interval: str) -> Millis:
         """The instant each candle is complete."""
         ...
@@ -142,6 +146,12 @@ class Continuous:
         grid = timestamps[-1] + step * np.arange(1, count + spare + 1, dtype=np.int64)
         return np.asarray(grid[~self._closed(grid, interval)][:count])
 
+    def slots(self, timestamps: Millis, interval: str) -> Millis:
+        step = interval_ms(interval)
+        grid = np.arange(timestamps[0], timestamps[-1] + 1, step, dtype=np.int64)
+        edge = -HOUR_MS if step < DAY_MS else 0  # as in `check`: nobody must trade in the weekend's neighbouring hours
+        return np.asarray(grid[~self._closed(grid, interval, slack=edge)])
+
     def closes(self, timestamps: Millis, interval: str) -> Millis:
         return timestamps + interval_ms(interval)
 
@@ -206,6 +216,17 @@ class Exchange:
         if len(found) < count:
             raise InvalidCandles(f"calendar {self.name} ends before {count} more {interval} candles", code="off_grid")
         return found
+
+    def slots(self, timestamps: Millis, interval: str) -> Millis:
+        step, first, last = interval_ms(interval), int(timestamps[0]), int(timestamps[-1])
+        if step > DAY_MS:
+            return np.arange(first, last + 1, step, dtype=np.int64)
+        if step == DAY_MS:
+            found = self._labels(timestamps)
+        else:
+            most = (last - first) // step + 1
+            found = self._slots(first - 1, step, most, from_opening=self._aligned(timestamps, step)[1])
+        return found[np.searchsorted(found, first) : np.searchsorted(found, last, "right")]
 
     def closes(self, timestamps: Millis, interval: str) -> Millis:
         step = interval_ms(interval)

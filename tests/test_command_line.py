@@ -63,10 +63,22 @@ def trained(place: Path, candlecast: Candlecast) -> dict[str, dict[str, Any]]:
 
 def test_every_verb_explains_itself(candlecast: Candlecast) -> None:
     shown = candlecast("--help").stdout
-    verbs = ("serve", "ingest", "feed", "train", "evaluate", "forecast", "export", "sample-data", "store", "models")
+    verbs = (
+        "serve",
+        "ingest",
+        "feed",
+        "train",
+        "evaluate",
+        "forecast",
+        "export",
+        "sample-data",
+        "store",
+        "models",
+        "data",
+    )
     for verb in verbs:
         assert re.search(rf"^  {verb}\b", shown, re.MULTILINE)
-        assert "--json" in candlecast(verb, "--help").stdout or verb in ("store", "models")
+        assert "--json" in candlecast(verb, "--help").stdout or verb in ("store", "models", "data")
 
 
 def test_training_publishes_a_version_with_its_scores(trained: dict[str, dict[str, Any]]) -> None:
@@ -121,6 +133,31 @@ def test_verify_fails_when_any_of_its_versions_is_damaged(candlecast: Candlecast
     done = candlecast("store", "verify", "toto-demo", "kronos-demo", "--wait", "60", "--store", str(place / "damaged"))
     assert done.returncode == 1
     assert "kronos-demo" in done.stderr
+
+
+@pytest.mark.usefixtures("trained")
+def test_data_check_prints_writes_and_fails_only_if_a_file_is_unreadable(candlecast: Candlecast, place: Path) -> None:
+    words = ("--val-from", "2009-01-01", "--test-from", "2010-06-01", "--unseen", "IBM")
+    done = candlecast("data", "check", *words)
+    assert done.returncode == 0, done.stderr
+    assert "IBM (unseen)" in done.stdout
+    assert "nothing to train on" in done.stdout  # a warning
+    assert len((place / "data_summary.csv").read_text().splitlines()) == 8
+    (place / "broken").mkdir()
+    (place / "broken" / "AAPL.csv").write_text("no candles\n")
+    done = candlecast("data", "check", "broken", "--json", "--summary", "broken.csv")
+    assert done.returncode == 1
+    assert "broken/AAPL.csv has no timestamp column" in done.stderr
+    assert json.loads(done.stdout)["unreadable"] == ["broken/AAPL.csv has no timestamp column; it has no candles"]
+
+
+@pytest.mark.usefixtures("trained")
+def test_training_refuses_folders_that_overlap_in_time(candlecast: Candlecast) -> None:
+    roots = ("--train-root", "data/samples", "--test-root", "data/samples")
+    done = candlecast("train", "toto-demo.toml", *roots)
+    assert done.returncode == 1
+    assert "training would have seen what it is judged by" in done.stderr
+    assert "go together" in candlecast("train", "toto-demo.toml", *roots[:2]).stderr
 
 
 @pytest.mark.usefixtures("trained")

@@ -38,21 +38,24 @@ def bars(*, quiet: bool = False) -> Iterator[Track]:
         yield track
 
 
-def train_all(recipes: Sequence[Recipe], store_root: Path, *, quiet: bool = False) -> list[Manifest]:
-    """Train every recipe, each in a process of its own where there are several; the first failure is raised."""
+def train_all(recipes: Sequence[Recipe], store_root: Path, cache: Path, *, quiet: bool = False) -> list[Manifest]:
+    """Train every recipe, each in a process of its own where there are several; the first failure is raised.
+
+    Parsed candles stay in `cache`.
+    """
     with bars(quiet=quiet) as track:
         if len(recipes) == 1:
-            return [train(recipes[0], ModelStore(store_root), track)]
+            return [train(recipes[0], ModelStore(store_root), track, cache)]
         context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
         with context.Manager() as manager, ProcessPoolExecutor(len(recipes), mp_context=context) as pool:
             updates: Any = manager.Queue()
-            futures = [pool.submit(_train_apart, recipe, store_root, updates) for recipe in recipes]
+            futures = [pool.submit(_train_apart, recipe, store_root, cache, updates) for recipe in recipes]
             _relay(updates, futures, track)
             return [future.result() for future in futures]
 
 
-def _train_apart(recipe: Recipe, store_root: Path, updates: Any) -> Manifest:
-    return train(recipe, ModelStore(store_root), partial(_send, updates.put))
+def _train_apart(recipe: Recipe, store_root: Path, cache: Path, updates: Any) -> Manifest:
+    return train(recipe, ModelStore(store_root), partial(_send, updates.put), cache)
 
 
 def _send(put: Callable[[tuple[str, float, str]], None], title: str, done: float, note: str) -> None:

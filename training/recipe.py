@@ -12,11 +12,28 @@ class _Strict(BaseModel):
 
 
 class DataTable(_Strict):
-    """Which candles."""
+    """Which candles: one folder, which the split divides, or one for each part, which do so themselves."""
 
-    folder: Path
+    folder: Path | None = None
+    train_root: Path | None = None
+    val_root: Path | None = None
+    test_root: Path | None = None
     interval: str = "1d"
     calendar: str = "auto"
+    adjust: bool = Field(False, description="Scale by the adjusted close where a file has one.")
+    undo_splits: bool = Field(False, description="Divide what came before a suspected split by its ratio.")
+
+    @property
+    def roots(self) -> tuple[Path | None, Path | None, Path | None]:
+        """Folders of train, val and test."""
+        return self.train_root, self.val_root, self.test_root
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        given = [root is not None for root in self.roots]
+        if any(given) if self.folder else not (given[0] and given[2]):
+            raise ValueError("give folder alone, or train_root, test_root and maybe val_root")
+        return self
 
 
 class Phase(_Strict):
@@ -74,7 +91,7 @@ class Recipe(_Strict):
     context: int = Field(gt=1)
     horizon: int = Field(gt=0)
     data: DataTable
-    split: dict[str, Any]
+    split: dict[str, Any] = {}
     network: dict[str, Any] = Field(description="config.json of the version, as its family stores it.")
     phases: dict[str, Phase]
     objective: ObjectiveTable = ObjectiveTable()
@@ -86,6 +103,19 @@ class Recipe(_Strict):
         if set(self.phases) != _PHASES[self.family]:
             raise ValueError(f"{self.family} has the phases {sorted(_PHASES[self.family])}, not {sorted(self.phases)}")
         return self
+
+    @model_validator(mode="after")
+    def _one_split(self) -> Self:
+        if self.data.folder is None and set(self.split) - {"unseen"}:
+            raise ValueError("with a folder for each part, the split has unseen at most")
+        return self
+
+    def with_roots(self, train: Path, val: Path | None, test: Path) -> Self:
+        """This recipe on other candles, a folder for each part."""
+        roots = {"folder": None, "train_root": train, "val_root": val, "test_root": test}
+        content = self.model_dump()
+        split = {name: value for name, value in self.split.items() if name == "unseen"}
+        return self.model_validate(content | {"data": content["data"] | roots, "split": split})
 
 
 def read_recipe(path: Path) -> Recipe:

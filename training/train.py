@@ -1,7 +1,7 @@
 """One training run, a straight line: recipe, candles, windows, loop, evaluation, version in the store."""
 
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -26,8 +26,18 @@ from training.evaluate import Scores, baselines, evaluate, summary
 from training.initial import damp_residuals, start_at_random_walk, start_with_bits
 from training.loop import Report, Run, fit
 from training.objectives import NextToken, TokenizerReconstruction, TotoLikelihood
+from training.packed import pack, pack_folder
 from training.recipe import Recipe
-from training.windows import Origins, Part, Split, WindowSampler, rolling_origins, split_from_recipe
+from training.windows import (
+    Origins,
+    Part,
+    Split,
+    WindowSampler,
+    joined,
+    rolling_origins,
+    split_by_parts,
+    split_from_recipe,
+)
 
 Weights = Mapping[str, Tensor]
 Track = Callable[[str, float, str], None]  # what, share done, one line
@@ -46,14 +56,14 @@ class Prepared:
     """A recipe with its candles."""
 
     recipe: Recipe
-    series: list[Series]
+    series: Sequence[Series]
     split: Split
     origins: Mapping[Part, Origins]  # of the evaluation that is published
 
 
-def train(recipe: Recipe, store: ModelStore, track: Track) -> Manifest:
+def train(recipe: Recipe, store: ModelStore, track: Track, cache: Path | None = None) -> Manifest:
     """Fit, evaluate and publish a recipe; the version becomes `candidate`, and `production` where there is none."""
-    prepared = prepare(recipe)
+    prepared = prepare(recipe, cache)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     trained = _FITTERS[recipe.family](prepared, lambda phase: partial(track, f"{recipe.name} {phase}"))
@@ -66,18 +76,37 @@ def train(recipe: Recipe, store: ModelStore, track: Track) -> Manifest:
     return manifest
 
 
-def prepare(recipe: Recipe) -> Prepared:
-    """Load the recipe's candles and split them; CandleFileError or ValueError say what is missing."""
-    series, _ = candle_files.load(recipe.data.folder)
-    chosen = [item for item in series if item.interval == recipe.data.interval]
-    if not chosen:
-        raise ValueError(f"{recipe.data.folder} has no {recipe.data.interval} candles")
-    split = split_from_recipe(recipe.split, chosen, recipe.horizon)
+def prepare(recipe: Recipe, cache: Path | None = None) -> Prepared:
+    """Map the recipe's candles, parsed into `cache` if need be, and split them.
+
+    CandleFileError or ValueError say what is missing.
+    """
+    series, split = _whole(recipe, recipe.data.folder, cache) if recipe.data.folder else _parted(recipe, cache)
     parts: list[Part] = ["test", "unseen"] if split.unseen else ["test"]
-    return Prepared(recipe, chosen, split, {part: _origins(recipe, chosen, split, part) for part in parts})
+    return Prepared(recipe, series, split, {part: _origins(recipe, series, split, part) for part in parts})
 
 
-def _origins(recipe: Recipe, series: list[Series], split: Split, part: Part) -> Origins:
+def _whole(recipe: Recipe, folder: Path, cache: Path | None) -> tuple[Sequence[Series], Split]:
+    series = _candles(recipe, folder, cache)
+    return series, split_from_recipe(recipe.split, series, recipe.horizon)
+
+
+def _parted(recipe: Recipe, cache: Path | None) -> tuple[Sequence[Series], Split]:
+    """Contexts may reach back from one part into those before it: each symbol is one series."""
+    parts = [_candles(recipe, root, cache) if root else [] for root in recipe.data.roots]
+    split = split_by_parts(parts, horizon=recipe.horizon, unseen=recipe.split.get("unseen", ()))
+    return pack(joined(parts), cache), split
+
+
+def _candles(recipe: Recipe, folder: Path, cache: Path | None) -> Sequence[Series]:
+    data = recipe.data
+    found = pack_folder(folder, cache, adjust=data.adjust, undo_splits=data.undo_splits).of_interval(data.interval)
+    if not found:
+        raise ValueError(f"{folder} has no {data.interval} candles")
+    return found
+
+
+def _origins(recipe: Recipe, series: Sequence[Series], split: Split, part: Part) -> Origins:
     stride = recipe.evaluate.unseen_stride if part == "unseen" else recipe.evaluate.stride
     origins = rolling_origins(series, split, part, stride=stride, min_context=recipe.context)
     if not len(origins):

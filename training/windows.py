@@ -1,8 +1,10 @@
 """Series -> windows: the split in time, the random windows of training, the rolling origins of evaluation."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
+from functools import cached_property, partial
+from itertools import pairwise
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -70,13 +72,58 @@ def split_from_recipe(table: Mapping[str, Any], series: Sequence[Series], horizo
     if unknown or ("fractions" in table) == ("val_from" in table) or ("val_from" in table) != ("test_from" in table):
         raise ValueError("a recipe's split has fractions = [train, val], or val_from and test_from, and maybe unseen")
     unseen = tuple(table.get("unseen", ()))
-    missing = set(unseen) - {item.symbol for item in series}
-    if missing:
-        raise ValueError(f"the recipe holds out {', '.join(sorted(missing))}, of which there are no candles")
+    _check_held_out(unseen, series)
     if "fractions" in table:
         train, val = table["fractions"]
         return split_by_fractions(series, train, val, horizon=horizon, unseen=unseen)
     return split_by_dates(table["val_from"], table["test_from"], horizon=horizon, unseen=unseen)
+
+
+def _check_held_out(unseen: Sequence[str], series: Sequence[Series]) -> None:
+    missing = set(unseen) - {item.symbol for item in series}
+    if missing:
+        raise ValueError(f"the split holds out {', '.join(sorted(missing))}, of which there are no candles")
+
+
+def split_by_parts(parts: Sequence[Sequence[Series]], *, horizon: int, unseen: Sequence[str] = ()) -> Split:
+    """The split of candles that come as train, val (maybe empty) and test; a symbol of the test alone is unseen too.
+
+    ValueError unless each part ends before the next begins, all symbols together: they share their market's moves.
+    """
+    train, _, test = parts
+    if not train or not test:
+        raise ValueError("there are no candles to train on, or none to test with")
+    _check_held_out(unseen, test)
+    given = [part for part in parts if part]
+    for earlier, later in pairwise(given):
+        last = max(earlier, key=lambda item: int(item.timestamps[-1]))
+        first = min(later, key=lambda item: int(item.timestamps[0]))
+        if last.timestamps[-1] >= first.timestamps[0]:
+            raise ValueError(
+                f"{last.symbol} ends on {_day(last.timestamps[-1])} in one part, and {first.symbol} begins on"
+                f" {_day(first.timestamps[0])} in the next: training would have seen what it is judged by"
+            )
+    begins = [min(int(item.timestamps[0]) for item in part) for part in given[1:]]
+    before = {item.symbol for part in parts[:2] for item in part}
+    late = {item.symbol for item in test} - before
+    return Split(begins[0], begins[-1], horizon, frozenset({*unseen, *late}))
+
+
+def joined(parts: Sequence[Sequence[Series]]) -> Iterator[Series]:
+    """Each symbol's candles of parts that follow each other in time, by symbol; all are of one interval."""
+    places = [{item.symbol: index for index, item in enumerate(part)} for part in parts]
+    for symbol in sorted(set().union(*places)):
+        found = [part[place[symbol]] for part, place in zip(parts, places, strict=True) if symbol in place]
+        yield Series(
+            symbol,
+            found[0].interval,
+            np.concatenate([item.timestamps for item in found]),
+            np.concatenate([item.candles for item in found]),
+        )
+
+
+def _day(millis: np.int64) -> str:
+    return str(np.datetime64(int(millis), "ms").astype("datetime64[D]"))
 
 
 def _instant(day: date) -> int:
@@ -156,12 +203,21 @@ class Windows:
 
     candles: Floats  # [B, L, 6]
     timestamps: Millis  # [B, L]
-    local_times: Millis  # [B, L] exchange-local wall clock, for calendar features
     series: NDArray[np.int64]  # [B]
+    clock: Callable[[], Millis]
+
+    @cached_property
+    def local_times(self) -> Millis:
+        """`[B, L]` exchange-local wall clock, for calendar features."""
+        return self.clock()
 
 
 class WindowSampler:
-    """Random windows of `length` candles that lie in the training part whole, all equally likely."""
+    """Random windows of `length` candles that lie in the training part whole, all equally likely.
+
+    Nothing but the windows drawn is copied: series that are mapped from a file stay there. Only the local times of
+    series that were asked for them are kept.
+    """
 
     def __init__(self, series: Sequence[Series], split: Split, length: int, *, calendar: str = "auto") -> None:
         """ValueError if no series has `length` training candles."""
@@ -171,10 +227,10 @@ class WindowSampler:
         self._ends = np.cumsum(counts)
         if not sum(counts):
             raise ValueError(f"no series has {length} candles to train on")
-        self._local_times = [
-            series_calendar(item, calendar).local(item.timestamps, item.interval) if count else item.timestamps[:0]
-            for item, count in zip(series, counts, strict=True)
-        ]
+        self._calendars = {
+            index: series_calendar(series[index], calendar) for index, count in enumerate(counts) if count
+        }
+        self._local_times: dict[int, Millis] = {}
 
     def __len__(self) -> int:
         """How many different windows there are."""
@@ -185,13 +241,20 @@ class WindowSampler:
         picks = rng.integers(len(self), size=rows)
         which = np.searchsorted(self._ends, picks, side="right")
         starts = picks - np.concatenate([[0], self._ends])[which]
-        spans = [
-            (index, slice(start, start + self._length))
-            for index, start in zip(which.tolist(), starts.tolist(), strict=True)
-        ]
+        items = [self._series[index] for index in which.tolist()]
+        spans = [slice(start, start + self._length) for start in starts.tolist()]
         return Windows(
-            candles=np.stack([self._series[index].candles[span] for index, span in spans]),
-            timestamps=np.stack([self._series[index].timestamps[span] for index, span in spans]),
-            local_times=np.stack([self._local_times[index][span] for index, span in spans]),
+            candles=np.stack([item.candles[span] for item, span in zip(items, spans, strict=True)]),
+            timestamps=np.stack([item.timestamps[span] for item, span in zip(items, spans, strict=True)]),
             series=which,
+            clock=partial(self._clock, which.tolist(), spans),
         )
+
+    def _clock(self, which: Sequence[int], spans: Sequence[slice]) -> Millis:
+        return np.stack([self._local(index)[span] for index, span in zip(which, spans, strict=True)])
+
+    def _local(self, index: int) -> Millis:
+        if index not in self._local_times:
+            item = self._series[index]
+            self._local_times[index] = self._calendars[index].local(item.timestamps, item.interval)
+        return self._local_times[index]

@@ -200,6 +200,34 @@ def test_a_lunch_break_has_no_candles() -> None:
     assert shown(get_calendar("XHKG").closes(at("2024-03-08 03:30"), "1h")) == ["2024-03-08 04:00"]
 
 
+@pytest.mark.parametrize(
+    ("name", "interval", "first"),
+    [
+        *(("24/7", interval, "2024-03-08 07:30") for interval in ("1h", "1d", "1w")),
+        ("24/5", "1d", "2024-03-08 00:00"),
+        *(("XNYS", "1d", text) for text in ("2024-03-08 00:00", "2024-03-08 05:00", "2024-03-08 14:30")),
+        ("XNYS", "1w", "2024-03-08 00:00"),
+        ("XNYS", "1h", "2024-03-08 14:30"),
+        ("XNYS", "1h", "2024-03-08 15:00"),
+        ("XHKG", "1h", "2024-03-08 01:30"),
+    ],
+)
+def test_slots_are_the_candles_there_would_be_without_gaps(name: str, interval: str, first: str) -> None:
+    calendar, start = get_calendar(name), at(first)
+    whole = np.concatenate([start, calendar.following(start, interval, 300)])
+    kept = np.delete(whole, [1, 7, 8, 9, 200])
+    assert calendar.slots(kept, interval).tolist() == whole.tolist()
+
+
+def test_no_candle_is_asked_of_the_hours_beside_a_weekend(eurusd: Millis) -> None:
+    calendar = get_calendar("24/5")
+    slots = calendar.slots(eurusd, "1h")
+    assert set(shown(slots[~np.isin(slots, eurusd)])) <= {
+        *shown(at("2017-12-24 23:00") + HOUR_MS * np.arange(23)),  # Christmas,
+        *shown(at("2017-12-31 23:00") + HOUR_MS * np.arange(23)),  # New Year
+    }
+
+
 @pytest.mark.parametrize("name", ["XNYS", "XHKG", "XTKS"])
 @pytest.mark.parametrize(
     ("interval", "on_the_clock"), [(i, clock) for i in ("15m", "1h", "2h") for clock in (False, True)] + [("4h", False)]

@@ -1,11 +1,15 @@
+import sys
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from models.candles import AMOUNT, CLOSE, DAY_MS, OPEN, VOLUME, check_candles
-from training.candle_files import CandleFileError, Series, digest, load, read
+from training.candle_files import CandleFileError, Series, digest, load, read, read_all, read_table
 
 HEADER = "timestamp,open,high,low,close,volume"
 ROWS = ["2024-01-01,1,3,0.5,2,10", "2024-01-02,2,4,1.5,3,20", "2024-01-03,3,5,2.5,4,30"]
@@ -100,17 +104,170 @@ def test_adjusting_does_not_mend_a_broken_candle(tmp_path: Path) -> None:
     assert (report.invalid, report.kept) == (1, 3)
 
 
-def test_yfinance_headers_are_understood(tmp_path: Path) -> None:
-    lines = ["Price,Close,High,Low,Open,Volume", "Ticker,AAPL,AAPL,AAPL,AAPL,AAPL", "Date,,,,,"]
-    series, report = read(write(tmp_path, *lines, "2024-01-02,2,3,0.5,1,10", "2024-01-03,3,4,1.5,2,20"))
-    assert series.candles[:, CLOSE].tolist() == [2, 3]
-    assert (report.rows, report.unreadable) == (2, 0)
+def test_a_column_written_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CandleFileError, match=r"more than one close column: close, close\.1"):
+        read(write(tmp_path, f"{HEADER},close", *(f"{row},1" for row in ROWS)))
+    with pytest.raises(CandleFileError, match="more than one column date"):
+        read(write(tmp_path, "Date,date,open,high,low,close,volume", *(f"2024-01-01,{row}" for row in ROWS)))
 
 
-def test_a_file_of_several_symbols_is_refused(tmp_path: Path) -> None:
-    lines = ["Price,Close,High,Low,Open,Volume,Close", "Ticker,AAPL,AAPL,AAPL,AAPL,AAPL,MSFT", "Date,,,,,,"]
-    with pytest.raises(CandleFileError, match="several symbols"):
-        read(write(tmp_path, *lines, "2024-01-02,2,3,0.5,1,10,5"))
+# -- layouts ---------------------------------------------------------------------------------------
+
+PAIR = pd.MultiIndex.from_product([["Close", "High", "Low", "Open", "Volume"], ["AAPL", "BRK.B"]])
+
+
+def downloaded(columns: pd.MultiIndex, *, zone: str | None = None) -> pd.DataFrame:
+    """What yfinance gives: BRK.B lacks the second day and is ten times as dear."""
+    index = pd.DatetimeIndex(["2024-01-01", "2024-01-02", "2024-01-03"], name="Date").tz_localize(zone)
+    fields = {"Open": [1, 2, 3], "High": [3, 4, 5], "Low": [0.5, 1.5, 2.5], "Close": [2, 3, 4], "Volume": [10, 20, 30]}
+    table = pd.DataFrame(index=index, columns=columns, dtype=float)
+    for pair in columns:
+        field, ticker = pair if pair[0] in fields else reversed(pair)
+        table[pair] = np.array(fields[field]) * (1.0 if ticker == "AAPL" else 10.0)
+        if ticker == "BRK.B":
+            table.loc["2024-01-02", pair] = np.nan
+    return table
+
+
+def save(table: pd.DataFrame, path: Path) -> Path:
+    if path.suffix == ".csv":
+        table.to_csv(path)
+    else:
+        table.to_parquet(path)
+    return path
+
+
+ENDINGS = pytest.mark.parametrize("ending", ["csv", "parquet"])
+LEVELS = pytest.mark.parametrize(
+    "columns",
+    [PAIR.set_names(["Price", "Ticker"]), PAIR, PAIR.swaplevel().set_names(["Ticker", "Price"]).sort_values()],
+    ids=["as now", "as once", "by ticker"],
+)
+
+
+@ENDINGS
+@LEVELS
+def test_a_download_of_several_symbols_is_read_as_several_series(
+    tmp_path: Path, columns: pd.MultiIndex, ending: str
+) -> None:
+    path = save(downloaded(columns), tmp_path / f"download.{ending}")
+    (apple, apple_report), (berkshire, berkshire_report) = read_all(path)
+    assert (apple.symbol, berkshire.symbol) == ("AAPL", "BRK.B")
+    assert apple.candles[1].tolist() == [2, 4, 1.5, 3, 20, 2.625 * 20]
+    assert berkshire.candles[:, CLOSE].tolist() == [20, 40]
+    assert berkshire.timestamps.tolist() == [FIRST_MS, FIRST_MS + 2 * DAY_MS]
+    assert (apple_report.rows, berkshire_report.rows, berkshire_report.invalid) == (3, 2, 0)
+    assert [item.symbol for item in load(tmp_path)[0]] == ["AAPL", "BRK.B"]
+
+
+@ENDINGS
+@LEVELS
+def test_a_download_of_one_symbol_is_called_as_its_file(tmp_path: Path, columns: pd.MultiIndex, ending: str) -> None:
+    chosen = columns[(columns.get_level_values(0) == "AAPL") | (columns.get_level_values(1) == "AAPL")]
+    series, report = read(save(downloaded(chosen), tmp_path / f"apple.{ending}"))
+    assert series.symbol == "APPLE"
+    assert series.candles[:, CLOSE].tolist() == [2, 3, 4]
+    assert (report.rows, report.unreadable) == (3, 0)
+
+
+def test_where_one_series_is_wanted_several_are_refused(tmp_path: Path) -> None:
+    path = save(downloaded(PAIR), tmp_path / "download.csv")
+    with pytest.raises(CandleFileError, match=r"several symbols \(AAPL, BRK\.B\)"):
+        read(path)
+    with pytest.raises(CandleFileError, match=r"several symbols \(AAPL, BRK\.B\)"):
+        read_table(path, "it")
+
+
+@ENDINGS
+def test_rows_of_several_symbols_are_told_apart_by_their_column_and_not_mixed(tmp_path: Path, ending: str) -> None:
+    table = downloaded(PAIR).stack(level=1, future_stack=True).rename_axis(["Date", "Ticker"])
+    (apple, _), (berkshire, report) = read_all(save(table, tmp_path / f"long.{ending}"))
+    assert apple.candles[:, CLOSE].tolist() == [2, 3, 4]
+    assert berkshire.candles[:, CLOSE].tolist() == [20, 40]
+    assert (report.symbol, report.invalid) == ("BRK.B", 1)
+
+
+def test_the_fault_of_one_of_several_symbols_names_it(tmp_path: Path) -> None:
+    table = downloaded(PAIR)
+    table.loc["2024-01-03", table.columns.get_level_values(1) == "BRK.B"] = np.nan
+    with pytest.raises(CandleFileError, match=r"download\.csv \(BRK\.B\) holds 1 candles in 1 rows"):
+        read_all(save(table, tmp_path / "download.csv"))
+
+
+@pytest.mark.parametrize("zone", [None, "UTC", "America/New_York"])
+@pytest.mark.parametrize("place", ["index", "unnamed index", "column"])
+def test_parquet_times_are_taken_from_index_or_column_with_their_zone(
+    tmp_path: Path, zone: str | None, place: str
+) -> None:
+    table = downloaded(PAIR, zone=zone).xs("AAPL", axis=1, level=1)
+    if place == "column":
+        table = table.reset_index()
+    if place == "unnamed index":
+        table.index.name = None
+    series, report = read(save(table, tmp_path / "A.parquet"))
+    midnight = FIRST_MS + (5 * 3_600_000 if zone == "America/New_York" else 0)
+    assert series.timestamps.tolist() == [midnight + day * DAY_MS for day in range(3)]
+    assert series.candles[1].tolist() == [2, 4, 1.5, 3, 20, 2.625 * 20]
+    assert (report.rows, report.kept) == (3, 3)
+
+
+def stamps_of(kind: str) -> "pd.Series[Any]":
+    days = pd.Series(pd.DatetimeIndex(["2024-01-01", "2024-01-02"]))
+    kinds: dict[str, Any] = {
+        "date": days.dt.date,
+        "text": days.dt.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "ms": days.astype("datetime64[ms]").astype("int64"),
+        "seconds": days.astype("datetime64[s]").astype("int64").astype(float),
+        "us": days.astype("datetime64[us]"),
+    }
+    return kinds[kind]
+
+
+@pytest.mark.parametrize("kind", ["date", "text", "ms", "seconds", "us"])
+@pytest.mark.parametrize("numbers", ["float64", "float32", "Float64", "Int64", "string", "decimal"])
+def test_parquet_columns_may_have_any_type_that_means_the_same(tmp_path: Path, kind: str, numbers: str) -> None:
+    table = pd.DataFrame({"open": [1, 2], "high": [3, 4], "low": [1, 2], "close": [2, 3], "volume": [10, None]})
+    typed = table.astype("Int64").astype(str) if numbers == "string" else table
+    if numbers == "decimal":
+        typed = table.map(lambda cell: None if pd.isna(cell) else Decimal(int(cell)), na_action=None)
+    elif numbers != "string":
+        typed = table.astype(numbers)
+    typed.insert(0, "Timestamp", stamps_of(kind))
+    extra = pd.DataFrame({**typed.iloc[:1], "Timestamp": stamps_of(kind).iloc[1:].to_numpy()})
+    path = save(pd.concat([typed, extra], ignore_index=True), tmp_path / "A.parquet")
+    series, report = read(path)
+    assert series.timestamps.tolist() == [FIRST_MS, FIRST_MS + DAY_MS]
+    assert series.candles.tolist() == [[1, 3, 1, 2, 10, 17.5]] * 2
+    assert (report.invalid, report.rows) == (1, 3)  # a volume is missing
+
+
+def test_row_numbers_of_a_parquet_file_are_never_taken_for_timestamps(tmp_path: Path) -> None:
+    table = pd.DataFrame({"open": [1.0] * 3, "high": [1.0] * 3, "low": [1.0] * 3, "close": [1.0] * 3}, index=[7, 8, 9])
+    with pytest.raises(CandleFileError, match=r"A\.parquet has no timestamp column; it has open"):
+        read(save(table, tmp_path / "A.parquet"))
+
+
+def test_a_parquet_file_is_read_as_the_csv_of_its_candles(tmp_path: Path, samples: list[Series]) -> None:
+    apple = samples[0]
+    columns = dict(zip(("Open", "High", "Low", "Close", "Volume"), apple.candles.T, strict=False))
+    index = pd.to_datetime(apple.timestamps, unit="ms").rename("Date")
+    save(pd.DataFrame(columns, index=index), tmp_path / "AAPL.parquet")
+    assert digest(load(tmp_path)[0]) == digest([apple])
+
+
+def test_a_broken_parquet_file_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "A.parquet").write_bytes(b"date,open")
+    with pytest.raises(CandleFileError, match=r"A\.parquet is not a Parquet file"):
+        read(tmp_path / "A.parquet")
+
+
+def test_without_pyarrow_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(downloaded(PAIR), tmp_path / "A.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(
+        CandleFileError, match=r"A\.parquet: Parquet needs pyarrow: pip install 'candlecast\[parquet\]'"
+    ):
+        read_all(path)
 
 
 # -- timestamps ------------------------------------------------------------------------------------
@@ -228,7 +385,7 @@ def test_folder_is_loaded_by_symbol(tmp_path: Path) -> None:
 def test_two_files_of_one_symbol_are_refused(tmp_path: Path) -> None:
     write(tmp_path, HEADER, *ROWS, name="b.csv")
     write(tmp_path, HEADER, *ROWS, name="B.csv")
-    with pytest.raises(CandleFileError, match="another file of the folder is called B"):
+    with pytest.raises(CandleFileError, match="another file of the folder holds B too"):
         load(tmp_path)
 
 
@@ -240,7 +397,7 @@ def test_a_file_name_that_is_no_symbol_is_refused(tmp_path: Path, name: str) -> 
 
 def test_a_folder_without_csv_files_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(CandleFileError, match=r"holds no \.csv file"):
+        with pytest.raises(CandleFileError, match=r"holds no \.csv or \.parquet file"):
             load(folder)
 
 

@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from model_store.store import ModelStore
+from training.candle_files import digest
 from training.recipe import Recipe, read_recipe
 from training.train import prepare, train
 
@@ -36,6 +37,44 @@ def test_recipe_without_an_unseen_symbol_is_judged_on_the_test_alone(recipe):
 def test_split_without_a_single_origin_fails_before_training(recipe):
     with pytest.raises(ValueError, match="no origin"):
         prepare(Recipe.model_validate(recipe.model_dump() | {"context": 5000}))
+
+
+@pytest.fixture
+def roots(sample_folder, tmp_path):
+    """The sample candles in a folder for each part, divided where the recipes divide them."""
+    days = ("", "2009-01-01", "2010-06-01", "9999")
+    places = [tmp_path / name for name in ("train", "val", "test")]
+    for place, start, stop in zip(places, days, days[1:], strict=False):
+        place.mkdir()
+        for path in sample_folder.glob("*.csv"):
+            header, *lines = path.read_text().splitlines()
+            if kept := [line for line in lines if start <= line < stop]:
+                (place / path.name).write_text("\n".join([header, *kept, ""]))
+    return places
+
+
+def test_a_folder_for_each_part_gives_the_windows_of_one_folder_split_where_they_begin(recipe, roots, tmp_path):
+    whole = prepare(recipe)
+    parted = prepare(recipe.with_roots(*roots), tmp_path / "cache")
+    assert digest(parted.series) == digest(whole.series)
+    assert parted.split.unseen == {"IBM", "FB"}  # FB was listed in 2012: no part before the test has it
+    assert whole.split.unseen == {"IBM"}
+    for item in whole.series:
+        if item.symbol != "FB":
+            for part in ("train", "val", "test", "unseen"):
+                assert parted.split.targets(item, part) == whole.split.targets(item, part)
+    assert parted.recipe.split == {"unseen": ["IBM"]}
+
+
+@pytest.mark.parametrize("table", [{}, {"train_root": "a"}, {"folder": "a", "test_root": "b"}])
+def test_candles_come_from_one_folder_or_from_one_for_each_part(recipe, table):
+    with pytest.raises(ValidationError, match="give folder alone"):
+        Recipe.model_validate(recipe.model_dump() | {"data": table})
+
+
+def test_parted_candles_are_not_split_again(recipe):
+    with pytest.raises(ValidationError, match="unseen at most"):
+        Recipe.model_validate(recipe.model_dump() | {"data": {"train_root": "a", "test_root": "b"}})
 
 
 @pytest.mark.long

@@ -14,10 +14,12 @@ from training.windows import (
     Split,
     WindowSampler,
     forecast_input,
+    joined,
     rolling_origins,
     series_calendar,
     split_by_dates,
     split_by_fractions,
+    split_by_parts,
     split_from_recipe,
 )
 
@@ -144,6 +146,53 @@ def test_recipe_that_says_neither_or_more_is_refused(table: dict[str, object]) -
 def test_holding_out_a_symbol_without_candles_is_refused() -> None:
     with pytest.raises(ValueError, match="holds out XYZ"):
         split_from_recipe({"fractions": [0.5, 0.2], "unseen": ["XYZ"]}, [ramp("AAA", 4000, 100)], 4)
+
+
+# -- a folder for each part ------------------------------------------------------------------------
+
+
+def test_parts_cut_where_they_begin_and_a_symbol_of_the_test_alone_is_unseen() -> None:
+    train = [ramp("AAA", 4000, 50), ramp("BBB", 4010, 30)]
+    val, test = [ramp("AAA", 4060, 20)], [ramp("AAA", 4080, 30), ramp("CCC", 4085, 30)]
+    split = split_by_parts([train, val, test], horizon=5, unseen=["AAA"])
+    assert (split.val_from, split.test_from) == (4060 * DAY_MS, 4080 * DAY_MS)
+    assert split.unseen == {"AAA", "CCC"}
+    without_val = split_by_parts([train, [], test], horizon=5)
+    assert (without_val.val_from, without_val.test_from) == (4080 * DAY_MS, 4080 * DAY_MS)
+
+
+def test_a_symbol_of_several_parts_is_one_series_whose_contexts_reach_back() -> None:
+    parts = [[ramp("BBB", 4000, 30), ramp("AAA", 4000, 50)], [ramp("AAA", 4050, 20)], [ramp("AAA", 4070, 30)]]
+    first, second = joined(parts)
+    assert (first.symbol, second.symbol) == ("AAA", "BBB")
+    assert first.timestamps.tolist() == ramp("AAA", 4000, 100).timestamps.tolist()
+    assert first.candles.tolist() == ramp("AAA", 4000, 100).candles.tolist()
+    split = split_by_parts(parts, horizon=5)
+    assert len(rolling_origins([first], split, "test", stride=1, min_context=60)) == 26
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        (
+            [[ramp("AAA", 4000, 50)], [ramp("AAA", 4049, 9)], [ramp("AAA", 4060, 9)]],
+            "AAA ends on 1981-02-01.*AAA begins",
+        ),
+        ([[ramp("AAA", 4000, 50)], [], [ramp("AAA", 4049, 9)]], "AAA ends on 1981-02-01"),
+        ([[ramp("AAA", 4000, 9)], [ramp("AAA", 4049, 9)], [ramp("AAA", 4050, 9)]], "AAA ends on 1981-02-09"),
+        ([[ramp("AAA", 4000, 9), ramp("BBB", 4000, 90)], [], [ramp("AAA", 4020, 9)]], "BBB ends on .*AAA begins on"),
+        ([[], [], [ramp("AAA", 4000, 9)]], "no candles to train on"),
+        ([[ramp("AAA", 4000, 9)], [ramp("AAA", 4020, 9)], []], "or none to test with"),
+    ],
+)
+def test_parts_that_overlap_in_time_or_are_missing_are_refused(parts: list[list[Series]], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        split_by_parts(parts, horizon=5)
+
+
+def test_holding_out_a_symbol_that_the_test_folder_lacks_is_refused() -> None:
+    with pytest.raises(ValueError, match="holds out BBB"):
+        split_by_parts([[ramp("BBB", 4000, 9)], [], [ramp("AAA", 4020, 9)]], horizon=5, unseen=["BBB"])
 
 
 # -- origins ---------------------------------------------------------------------------------------

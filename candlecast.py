@@ -381,7 +381,21 @@ def train(
 
 @main.command()
 @click.option("--models", "names", required=True, help="Comma-separated names or name@version.")
-@click.option("--part", type=click.Choice(["val", "test", "unseen"]), default="test", show_default=True)
+@click.option(
+    "--baselines",
+    default="naive,ewma",
+    show_default=True,
+    help="Also of: seasonal, drift; autoets, autotheta with `pip install 'candlecast[stats]'`.",
+)
+@click.option(
+    "--part",
+    "parts",
+    type=click.Choice(["val", "test", "unseen"]),
+    multiple=True,
+    default=["test"],
+    show_default=True,
+    help="May be given several times.",
+)
 @click.option("--horizon", type=click.IntRange(1), help="Steps; default: the shortest horizon among the models'.")
 @click.option("--stride", type=click.IntRange(1), default=16, show_default=True, help="Candles between origins.")
 @click.option(
@@ -390,27 +404,41 @@ def train(
 @click.option("--val-from", default="2009-01-01", show_default=True, help="Training ends here.")
 @click.option("--test-from", default="2010-06-01", show_default=True, help="The test's targets begin here.")
 @click.option("--unseen", default="IBM", show_default=True, help="Comma-separated symbols held out of training.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Write metrics.json and report.html into this folder.",
+)
 @DataFolder
 @StoreRoot
 @JsonFlag
-def evaluate(names: str, folder: Path, store_root: Path, as_json: bool, **options: Any) -> None:
-    """Score models side by side by rolling origins, beside the naive forecast and a random walk.
+def evaluate(
+    names: str, baselines: str, folder: Path, store_root: Path, as_json: bool, out: Path | None, **options: Any
+) -> None:
+    """Score models side by side by rolling origins, beside forecasts that need no training.
 
     \b
-    Example: candlecast evaluate --models toto-demo,kronos-demo
+    Example: candlecast evaluate --models toto-demo,kronos-demo --part test --part unseen --out report
     """
     from rich.console import Console
 
     from model_store.store import ModelStore
     from training.compare import compare
+    from training.progress import bars
     from training.report import as_json as entries_json
-    from training.report import table
+    from training.report import table, write_report
 
-    entries = compare(ModelStore(store_root), names.split(","), folder, **options)
+    rivals = [name for name in baselines.split(",") if name]
+    with bars(quiet=as_json) as track:
+        judged = compare(ModelStore(store_root), names.split(","), rivals, folder, track=track, **options)
+    entries = [(each.name, each.evaluation) for each in judged]
     if as_json:
         click.echo(json.dumps(entries_json(entries)))
     else:
         Console(width=100).print(table(entries))
+    if out:
+        write_report(judged, out)
+        _complain(f"{out / 'metrics.json'} and {out / 'report.html'} are written")
 
 
 @main.command()

@@ -51,6 +51,16 @@ class Metric(_Strict):
     high: float | None = None
 
 
+class Comparison(_Strict):
+    """Diebold-Mariano test of one forecast's absolute log-return errors against the naive forecast's."""
+
+    sentence: str = Field(description="Such as: worse than naive, p = 0.003.")
+    statistic: float = Field(description="Positive where the forecast is worse.")
+    p_value: float = Field(description="Two-sided.")
+    degrees: int = Field(description="Degrees of freedom of the statistic; 0 where the errors are equal.")
+    times: int = Field(description="Times of origin; symbols that share one are averaged.")
+
+
 class Evaluation(_Strict):
     """Rolling-origin scores of one set of windows."""
 
@@ -67,6 +77,10 @@ class Evaluation(_Strict):
         description="Fair over paths, or 2 x mean pinball over even levels; the walk's CRPS is of the same kind.",
     )
     metrics: dict[str, Metric]
+    versus_naive: Comparison | None = Field(default=None, description="None where there are too few windows to tell.")
+    ranked: Literal["symbols", "times"] | None = Field(
+        default=None, description="What rank_ic ranks: symbols at each origin, or where they are few the origins."
+    )
 
 
 class Baseline(_Strict):

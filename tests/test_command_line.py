@@ -174,11 +174,27 @@ def test_forecast_prints_a_table_and_draws_the_fan(candlecast: Candlecast, place
 def test_evaluate_scores_models_side_by_side_on_the_same_origins(candlecast: Candlecast) -> None:
     words = ("evaluate", "--models", "toto-demo,kronos-demo", "--stride", "400", "--samples", "8", "--json")
     entries = json.loads(candlecast(*words).stdout)
-    assert len(entries) == 2
-    assert entries[0]["origins"] == entries[1]["origins"] > 0
-    assert entries[0]["metrics"]["crps"]["naive"] == entries[1]["metrics"]["crps"]["naive"]
+    assert [entry["model"].split("@")[0] for entry in entries] == ["toto-demo", "kronos-demo", "naive", "ewma"]
+    assert len({entry["origins"] for entry in entries}) == 1
+    assert len({entry["metrics"]["mae_log_return"]["naive"] for entry in entries}) == 1
 
 
+@pytest.mark.usefixtures("trained")
+def test_evaluate_writes_a_page_and_every_metric_of_both_parts(candlecast: Candlecast, place: Path) -> None:
+    words = ("evaluate", "--models", "toto-demo", "--baselines", "drift,autoets", "--part", "test", "--part", "unseen")
+    done = candlecast(*words, "--stride", "400", "--horizon", "5", "--out", "report")
+    assert done.returncode == 0, done.stderr
+    assert "report/report.html" in done.stderr
+    assert re.search(r"^ autoets", done.stdout, re.MULTILINE)
+    evaluations = json.loads((place / "report" / "metrics.json").read_text())["evaluations"]
+    assert [e["windows"] for e in evaluations] == ["test"] * 3 + ["unseen"] * 3
+    assert {e["horizon"] for e in evaluations} == {5}
+    assert "Unseen windows" in (place / "report" / "report.html").read_text()
+    refused = candlecast("evaluate", "--models", "toto-demo", "--baselines", "arima")
+    assert "no baseline is called 'arima'" in refused.stderr
+
+
+@pytest.mark.long
 @pytest.mark.usefixtures("trained")
 def test_two_replays_give_the_same_numbers_and_a_table(candlecast: Candlecast) -> None:
     words = ("replay", "data/samples", "--from", "2018-01-01", "--every", "60", "--horizon", "8")
@@ -231,6 +247,7 @@ def test_errors_are_one_line_that_says_what_is_missing(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.long
 def test_export_says_how_far_it_is_from_float32_and_timing_chooses(
     candlecast: Candlecast, trained: dict[str, dict[str, Any]]
 ) -> None:

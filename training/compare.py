@@ -1,6 +1,7 @@
 """Score stored versions side by side on identical origins."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -9,9 +10,11 @@ from model_store.store import ModelStore
 from models.families import build_forecaster
 from models.forecaster import DEFAULT_LOOKBACK, Forecaster, Sampling, served_sampling
 from training import candle_files
-from training.evaluate import side_by_side, summary
-from training.report import Entry
-from training.windows import Part, rolling_origins, split_from_recipe
+from training.baselines import LOOKBACK, baseline
+from training.evaluate import side_by_side
+from training.judged import Judged, judge
+from training.train import Track
+from training.windows import Origins, Part, rolling_origins, split_from_recipe
 
 
 def load_forecaster(store: ModelStore, reference: str) -> tuple[str, Forecaster, int, Sampling]:
@@ -31,21 +34,24 @@ def load_forecaster(store: ModelStore, reference: str) -> tuple[str, Forecaster,
 def compare(
     store: ModelStore,
     references: Sequence[str],
+    baselines: Sequence[str],
     folder: Path,
     *,
-    part: Part,
+    parts: Sequence[Part],
     stride: int,
     samples: int,
     val_from: str,
     test_from: str,
     unseen: str,
     horizon: int | None = None,
-) -> list[Entry]:
-    """Evaluations of every reference over one folder's candles, all from the same origins.
+    track: Track | None = None,
+) -> list[Judged]:
+    """Every reference and baseline over one folder's candles: part by part, in each all from the same origins.
 
     The dates and `unseen` must be those of the models' training for `test` and `unseen` to mean what they say;
     ValueError if a version was trained on later candles or on an unseen symbol.
     """
+    rivals = {name: (baseline(name), LOOKBACK, Sampling()) for name in baselines}
     loaded = [load_forecaster(store, reference) for reference in references]
     series, _ = candle_files.load(folder)
     steps = horizon or min(min(f.limits.max_horizon for _, f, _, _ in loaded), 64)
@@ -55,12 +61,27 @@ def compare(
         _refuse_leak(store, reference, val_from, held_out)
     split = split_from_recipe(table, series, steps)
     context = max(lookback for _, _, lookback, _ in loaded)
-    origins = rolling_origins(series, split, part, stride=stride, min_context=context)
     entrants = {
         name: (forecaster, lookback, replace(sampling, samples=samples))
         for name, forecaster, lookback, sampling in loaded
     }
-    return [(name, summary(scores)) for name, scores in side_by_side(entrants, series, origins).items()]
+    by_symbol = {item.symbol: item for item in series}
+    found = []
+    for part in parts:
+        origins = rolling_origins(series, split, part, stride=stride, min_context=context)
+        scores = side_by_side(entrants | rivals, series, origins, progress=track and _counted(track, origins))
+        found += [judge(name, each, by_symbol) for name, each in scores.items()]
+    return found
+
+
+def _counted(track: Track, origins: Origins) -> Callable[[str, int], None]:
+    done: Counter[str] = Counter()
+
+    def advance(name: str, rows: int) -> None:
+        done[name] += rows
+        track(f"{name} {origins.part}", done[name] / len(origins), f"{done[name]} origins")
+
+    return advance
 
 
 def _refuse_leak(store: ModelStore, reference: str, val_from: str, unseen: Sequence[str]) -> None:

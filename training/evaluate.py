@@ -2,52 +2,26 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Final, Literal
+from functools import partial
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from model_store.manifest import Baseline, Evaluation, Metric
+from model_store.manifest import Baseline, Evaluation
 from models import scoring
 from models.candles import CLOSE, Floats, interval_ms
 from models.forecaster import Forecast, Forecaster, ForecastInput, Sampling, batches, forecast
 from models.uniforms import derive_seed
+from training import metrics
 from training.candle_files import Series
 from training.outcomes import Outcomes, outcomes
+from training.scores import KEPT, LEVELS, Estimator
+from training.scores import Scores as Scores
 from training.windows import Origins, forecast_input, series_calendar
 
-Estimator = Literal["ensemble", "quantiles"]
-
-LEVELS: Final = tuple(round(k / 20, 2) for k in range(1, 20))  # even, as the mean of pinball losses needs
-BAND: Final = (0.1, 0.9)
 BASELINE_LEVELS: Final = (0.1, 0.25, 0.5, 0.75, 0.9)
 _PATH_FLOOR: Final = 1e-6  # of the last close: a path at zero or below has no logarithm
-
-
-@dataclass(frozen=True, eq=False)
-class Scores:
-    """N forecasts of H closes, judged. Errors, CRPS and pinball losses are log-returns."""
-
-    outcomes: Outcomes
-    estimator: Estimator  # of the CRPS, the walk's included: fair over paths, or 2 x mean pinball over LEVELS
-    samples: int | None  # paths per forecast; None where the model gives quantiles only
-    point: Floats  # [N, H] closes
-    crps: Floats  # [N, H]
-    walk_crps: Floats  # [N, H]
-    pinball: Floats  # [N, Q, H] at LEVELS
-    covered: NDArray[np.bool_]  # [N, H] by the band from 0.1 to 0.9
-    walk_covered: NDArray[np.bool_]  # [N, H]
-
-    @cached_property
-    def errors(self) -> Floats:
-        """`[N, H]` ln(actual / point)."""
-        return np.asarray(np.log(self.outcomes.actual / self.point))
-
-    @property
-    def naive_errors(self) -> Floats:
-        """`[N, H]` ln(actual / last close)."""
-        return self.outcomes.moves
 
 
 # -- forecasting -----------------------------------------------------------------------------------
@@ -88,9 +62,9 @@ def side_by_side(
     *,
     calendar: str = "auto",
     batch_rows: int = 64,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[str, int], None] | None = None,
 ) -> dict[str, Scores]:
-    """Scores of several (forecaster, lookback, sampling) on identical origins."""
+    """Scores of several (forecaster, lookback, sampling) on identical origins; `progress` hears whose are finished."""
     return {
         name: evaluate(
             forecaster,
@@ -100,7 +74,7 @@ def side_by_side(
             lookback=lookback,
             calendar=calendar,
             batch_rows=batch_rows,
-            progress=progress,
+            progress=progress and partial(progress, name),
         )
         for name, (forecaster, lookback, sampling) in entrants.items()
     }
@@ -114,7 +88,7 @@ def _inputs(
         item = series[index]
         plain = forecast_input(item, origin, horizon=origins.horizon, lookback=lookback, calendar=calendars[index])
         seed = derive_seed(item.symbol, item.interval, int(item.timestamps[origin]))
-        yield replace(plain, levels=LEVELS, sampling=sampling, seed=seed, with_paths=True)
+        yield replace(plain, levels=KEPT, sampling=sampling, seed=seed, with_paths=True)
 
 
 class _Tally:
@@ -124,46 +98,24 @@ class _Tally:
         self._facts = facts
         origins, horizon = shape = facts.actual.shape
         self._point, self._crps = np.empty(shape), np.empty(shape)
-        self._pinball = np.empty((origins, len(LEVELS), horizon))
-        self._covered = np.empty(shape, dtype=bool)
+        self._quantiles = np.empty((origins, len(KEPT), horizon))
         self._samples: int | None = None
 
     def add(self, row: int, result: Forecast) -> None:
         last_close, actual = self._facts.last_close[row], self._facts.moves[row]
         quantiles = np.log(result.quantiles["close"] / last_close)
         self._point[row] = result.point[:, CLOSE]
-        self._pinball[row] = scoring.pinball(actual, quantiles, LEVELS)
-        self._covered[row] = _in_band(actual, quantiles)
+        self._quantiles[row] = quantiles
         if result.paths is None:
-            self._crps[row] = scoring.crps_quantiles(actual, quantiles, LEVELS)
+            self._crps[row] = scoring.crps_quantiles(actual, quantiles[1:-1], LEVELS)
         else:
             closes = np.maximum(result.paths[:, :, CLOSE], _PATH_FLOOR * last_close)
             self._crps[row] = scoring.crps_ensemble(actual, np.log(closes / last_close))
             self._samples = len(closes)
 
     def scores(self) -> Scores:
-        facts = self._facts
-        walk = scoring.walk_quantiles(facts.walk_sigma, LEVELS)
-        if self._samples:  # both are free of the paths' number, so the ratio is fair
-            walk_crps = scoring.crps_gaussian(facts.moves, facts.walk_sigma)
-        else:
-            walk_crps = scoring.crps_quantiles(facts.moves, walk, LEVELS)
-        return Scores(
-            outcomes=facts,
-            estimator="ensemble" if self._samples else "quantiles",
-            samples=self._samples,
-            point=self._point,
-            crps=self._crps,
-            walk_crps=walk_crps,
-            pinball=self._pinball,
-            covered=self._covered,
-            walk_covered=_in_band(facts.moves, walk),
-        )
-
-
-def _in_band(actual: Floats, quantiles: Floats) -> NDArray[np.bool_]:
-    low, high = (quantiles[LEVELS.index(level)] for level in BAND)
-    return scoring.covered(actual, low, high)
+        estimator: Estimator = "ensemble" if self._samples else "quantiles"
+        return Scores(self._facts, estimator, self._samples, self._point, self._quantiles, self._crps)
 
 
 # -- summing up ------------------------------------------------------------------------------------
@@ -175,6 +127,8 @@ def summary(scores: Scores, *, seed: int = 0) -> Evaluation:
     ValueError if the naive forecast was never wrong: there is nothing to compare with.
     """
     facts = scores.outcomes
+    if not facts.moves.any():
+        raise ValueError("the close never moves on these windows: there is nothing to compare with")
     return Evaluation(
         windows=facts.part,
         symbols=tuple(sorted(set(facts.symbols.tolist()))),
@@ -185,64 +139,10 @@ def summary(scores: Scores, *, seed: int = 0) -> Evaluation:
         origins=len(facts.symbols),
         samples=scores.samples,
         crps_estimator=scores.estimator,
-        metrics=_metrics(scores, seed),
+        metrics=metrics.pooled(scores, seed),
+        versus_naive=metrics.versus_naive(scores),
+        ranked=metrics.ranked(facts),
     )
-
-
-def _metrics(scores: Scores, seed: int) -> dict[str, Metric]:
-    facts = scores.outcomes
-    naive = np.abs(scores.naive_errors)
-    if not naive.any():
-        raise ValueError("the close never moves on these windows: there is nothing to compare with")
-    count = np.ones_like(naive)
-    mae = scoring.mae_log_return(facts.actual, facts.last_close[:, None])
-    mae_price = scoring.mae_price(facts.actual, facts.last_close[:, None])
-    relative = _ratio(scores, np.abs(scores.errors), naive, seed)
-    walk_crps = float(scores.walk_crps.mean())
-    walk_coverage = float(scores.walk_covered.mean())
-
-    def metric(top: Floats, bottom: Floats, naive: float, walk: float) -> Metric:
-        return _ratio(scores, top, bottom, seed).model_copy(update={"naive": naive, "walk": walk})
-
-    return {
-        "mae_log_return": metric(np.abs(scores.errors), count, mae, mae),
-        "mae_price": metric(np.abs(facts.actual - scores.point), count, mae_price, mae_price),
-        "skill_vs_naive": _one_minus(relative).model_copy(update={"naive": 0.0, "walk": 0.0}),
-        "coverage_80": metric(scores.covered.astype(np.float64), count, 0.0, walk_coverage),
-        "crps": metric(scores.crps, count, mae, walk_crps),  # a point's CRPS is its absolute error
-        "crps_ratio_walk": metric(scores.crps, scores.walk_crps, mae / walk_crps, 1.0),
-    }
-
-
-def _ratio(scores: Scores, top: Floats, bottom: Floats, seed: int) -> Metric:
-    """Σ top / Σ bottom of `[N, H]`, with its interval over times of origin."""
-    facts = scores.outcomes
-    tops, bottoms = (np.zeros(len(facts.grid)) for _ in range(2))
-    np.add.at(tops, facts.positions, top.sum(axis=1))
-    np.add.at(bottoms, facts.positions, bottom.sum(axis=1))
-    interval = scoring.block_bootstrap(tops, bottoms, block=facts.horizon, seed=seed)
-    low, high = interval or (None, None)
-    return Metric(value=float(top.sum() / bottom.sum()), low=low, high=high)
-
-
-def _one_minus(metric: Metric) -> Metric:
-    low = None if metric.high is None else 1 - metric.high
-    high = None if metric.low is None else 1 - metric.low
-    return Metric(value=1 - metric.value, low=low, high=high)
-
-
-def by_step(scores: Scores) -> dict[str, Floats]:
-    """The metrics of each step, `[H]`."""
-    errors, naive = np.abs(scores.errors).mean(axis=0), np.abs(scores.naive_errors).mean(axis=0)
-    return {
-        "mae_log_return": errors,
-        "naive_mae_log_return": naive,
-        "skill_vs_naive": 1 - errors / naive,
-        "coverage_80": scores.covered.mean(axis=0),
-        "walk_coverage_80": scores.walk_covered.mean(axis=0),
-        "crps": scores.crps.mean(axis=0),
-        "walk_crps": scores.walk_crps.mean(axis=0),
-    }
 
 
 def _iso(millis: np.int64) -> str:
@@ -289,7 +189,7 @@ def _baseline(scores: Scores, symbol: str, rows: NDArray[np.bool_], group: int) 
         rho0=rho0,
         sd_block=float(blocks.means.std(ddof=1)),
         correlation=blocks.correlation(),
-        coverage_80=float(scores.covered[rows, steps].mean()),
+        coverage_80=float(scores.covered(80)[rows, steps].mean()),
         pinball={str(level): float(pinball[LEVELS.index(level)]) for level in BASELINE_LEVELS},
     )
 

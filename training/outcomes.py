@@ -1,7 +1,7 @@
 """What the market did after each origin, and what was known of its volatility before."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -30,6 +30,7 @@ class Outcomes:
     actual: Floats  # [N, H] closes
     walk_sigma: Floats  # [N, H] of the random walk, log-return
     scale: Floats  # [N, H] what divides the paired loss, log-return
+    one_step: Floats  # [N] what divides the errors of the MASE, price
 
     @cached_property
     def moves(self) -> Floats:
@@ -63,6 +64,7 @@ def outcomes(series: Sequence[Series], origins: Origins) -> Outcomes:
         actual=np.stack([item.candles[origin + steps, CLOSE] for item, origin in at]),
         walk_sigma=_sigma(series, origins, scoring.WALK_DECAY),
         scale=_sigma(series, origins, scoring.SCALE_DECAY),
+        one_step=_known(series, origins, scoring.one_step_naive),
     )
 
 
@@ -80,9 +82,14 @@ def _time_grid(series: Sequence[Series], origins: Origins) -> Millis:
 
 def _sigma(series: Sequence[Series], origins: Origins, decay: float) -> Floats:
     """`[N, H]` EWMA volatility x √k from all candles up to each origin: no model's lookback changes it."""
-    volatility = {
-        index: scoring.ewma_volatility(scoring.log_returns(series[index].candles[:, CLOSE]), decay)
-        for index in {index for index, _ in origins.pairs}
-    }
-    known = np.array([volatility[index][origin - 1] for index, origin in origins.pairs])
-    return scoring.walk_sigma(known, origins.horizon)
+
+    def volatility(closes: Floats) -> Floats:
+        return np.concatenate([[np.nan], scoring.ewma_volatility(scoring.log_returns(closes), decay)])
+
+    return scoring.walk_sigma(_known(series, origins, volatility), origins.horizon)
+
+
+def _known(series: Sequence[Series], origins: Origins, running: Callable[[Floats], Floats]) -> Floats:
+    """`[N]` at each origin, what `running` makes of all closes `[T]` of its series up to each."""
+    values = {index: running(series[index].candles[:, CLOSE]) for index in {index for index, _ in origins.pairs}}
+    return np.array([values[index][origin] for index, origin in origins.pairs])

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from model_store.manifest import Evaluation
 from models.candles import CLOSE, Floats
 from models.forecaster import Forecast, ForecastInput, InvalidModelOutput
-from models.scoring import group_name
+from models.scoring import EQUAL, group_name
 from service.api.parameters import Parameters
 from service.api.schemas import (
     CacheResult,
@@ -34,7 +34,7 @@ from service.engine.repeats import Facts
 from service.engine.series import Series, stale_from
 from service.score.evaluator import SeriesStandings
 from service.score.recalibration import Calibration
-from service.score.standings import EQUAL, Standing
+from service.score.standings import Standing
 
 _HOUR_MS: Final = 3_600_000
 

@@ -7,11 +7,10 @@ from typing import Any, Final
 from numpy.typing import NDArray
 
 from models.candles import DAY_MS, interval_ms
-from models.scoring import GROUPS, block_bootstrap, block_length
+from models.scoring import EQUAL, GROUPS, block_bootstrap, block_length
 from service.score.drift import Drift
 
 RECENT_BLOCKS: Final = 20
-EQUAL: Final = 1e-4  # relative difference of errors: a network whose median is the last close differs by its rounding
 _DRAWS: Final = 500
 _SESSION: Final = 6.5  # hours of trading on an exchange's day
 

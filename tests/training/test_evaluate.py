@@ -1,5 +1,3 @@
-import io
-import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,18 +6,16 @@ from statistics import NormalDist
 
 import numpy as np
 import pytest
-from rich.console import Console
 
-from model_store.manifest import Evaluation
 from models import scoring
 from models.candles import CLOSE, DAY_MS, Floats
 from models.forecaster import Sampling
 from models.naive import NaiveForecaster
 from tests.walk import WalkForecaster
 from training.candle_files import Series
-from training.evaluate import LEVELS, Scores, baselines, by_step, evaluate, side_by_side, summary
+from training.evaluate import baselines, evaluate, side_by_side, summary
 from training.outcomes import outcomes
-from training.report import as_json, table
+from training.scores import LEVELS, Scores
 from training.windows import Origins, Split, rolling_origins, split_by_dates
 
 HORIZON = 20
@@ -224,16 +220,7 @@ def test_few_origins_claim_no_interval(samples: list[Series], sample_origins: Or
     assert summary(scores).metrics["mae_log_return"].low is None
 
 
-# -- steps and baselines ---------------------------------------------------------------------------
-
-
-def test_steps_average_to_the_pooled_score(naive_scores: Scores) -> None:
-    steps, metrics = by_step(naive_scores), summary(naive_scores).metrics
-    assert all(values.shape == (HORIZON,) for values in steps.values())
-    for name in ("mae_log_return", "coverage_80", "crps"):
-        assert steps[name].mean() == pytest.approx(metrics[name].value)
-    assert (steps["skill_vs_naive"] == 0).all()
-    assert steps["naive_mae_log_return"][-1] > 2 * steps["naive_mae_log_return"][0]
+# -- the drift baseline ---------------------------------------------------------------------------
 
 
 def slow_block_means(scores: Scores, symbol: str, group: int, rho0: float) -> list[float]:
@@ -282,42 +269,3 @@ def test_scale_of_the_paired_loss_is_known_at_the_origin(naive_scores: Scores, s
     known: Floats = series.candles[series.timestamps <= facts.origin_times[row], CLOSE]
     sigma = scoring.ewma_volatility(scoring.log_returns(known), 0.97)[-1]
     np.testing.assert_allclose(facts.scale[row], sigma * np.sqrt(np.arange(1, HORIZON + 1)))
-
-
-# -- the table -------------------------------------------------------------------------------------
-
-
-def rendered(entries: list[tuple[str, Evaluation]]) -> list[str]:
-    printed = io.StringIO()
-    Console(width=100, file=printed).print(table(entries))
-    return printed.getvalue().splitlines()
-
-
-def test_table_shows_models_then_naive_and_walk_within_100_columns(
-    samples: list[Series], sample_origins: Origins, naive_scores: Scores
-) -> None:
-    walk = evaluate(WalkForecaster(with_paths=True), samples, sample_origins, lookback=64)
-    long_name = "kronos-demo-of-somebody@0123456789ab"
-    unseen = summary(naive_scores).model_copy(update={"windows": "unseen"})
-    lines = rendered([(long_name, summary(walk)), ("toto-demo", summary(naive_scores)), ("toto-demo", unseen)])
-    assert max(map(len, lines)) <= 100
-    assert not any(line.rstrip().endswith("…") for line in lines)
-    firsts = [line.split()[0] for line in lines if line.strip() and line.startswith(" ") and line[1] != " "]
-    order = [word for word in firsts if word in ("test", "toto-demo", "naive", "random", "unseen")]
-    assert order == ["test", "toto-demo", "naive", "random", "random", "unseen", "toto-demo", "naive", "random"]
-
-
-def test_json_carries_every_metric_with_its_columns(naive_scores: Scores) -> None:
-    [entry] = json.loads(json.dumps(as_json([("naive", summary(naive_scores))])))
-    assert entry["model"] == "naive"
-    assert set(entry["metrics"]) == {
-        "mae_log_return",
-        "mae_price",
-        "skill_vs_naive",
-        "coverage_80",
-        "crps",
-        "crps_ratio_walk",
-    }
-    assert all(metric["naive"] is not None for metric in entry["metrics"].values())
-    entry.pop("model")
-    assert Evaluation.model_validate(entry) == summary(naive_scores)

@@ -209,6 +209,7 @@ def test_forecasts_begin_after_what_a_version_was_trained_and_validated_on(tmp_p
 # -- what it promises ---------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("steps", ["1-8", "9-30"])
 @pytest.mark.parametrize("name", ["GSPC:1d", "EURUSD:1h"])
 def test_recalibration_mends_bands_that_are_too_narrow(decades: Replayed, name: str, steps: str) -> None:
@@ -224,6 +225,7 @@ def test_recalibration_mends_bands_that_are_too_narrow(decades: Replayed, name: 
     assert worst.coverage_80_calibrated > worst.coverage_80
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("steps", ["1-8", "9-30"])
 @pytest.mark.parametrize("name", ["GSPC:1d", "EURUSD:1h"])
 def test_recalibration_leaves_bands_nearly_alone_that_are_right(decades: Replayed, name: str, steps: str) -> None:
@@ -232,6 +234,7 @@ def test_recalibration_leaves_bands_nearly_alone_that_are_right(decades: Replaye
     assert scores.interval_score_calibrated <= 1.03 * scores.interval_score
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("steps", ["1-8", "9-30"])
 @pytest.mark.parametrize("name", ["GSPC:1d", "EURUSD:1h"])
 def test_auto_is_nearly_as_good_as_the_best_model(decades: Replayed, name: str, steps: str) -> None:
@@ -241,6 +244,7 @@ def test_auto_is_nearly_as_good_as_the_best_model(decades: Replayed, name: str, 
     assert auto < np.mean(list(each.values()))
 
 
+@pytest.mark.long
 def test_a_table_shows_every_series_and_model(decades: Replayed) -> None:
     out = StringIO()
     Console(file=out, width=110).print(replay_table(decades))

@@ -580,7 +580,7 @@ QUALITY: Final = Dashboard(
         ),
         Panel(
             "Age of the newest candle",
-            "Since it closed; red where three more have closed since on the symbol's own calendar.",
+            "Since it closed.",
             "s",
             [
                 Query(
@@ -618,12 +618,15 @@ QUALITY: Final = Dashboard(
         ),
         Panel(
             "Time of a round",
-            "Of the evaluator over all series, once a minute; and what it could not evaluate.",
+            "Of the evaluator over all series, once a minute.",
             "s",
-            [
-                Query(f"candlecast_evaluator_duration_seconds{{{_JOB}}}", "{{instance}}"),
-                Query(increase("candlecast_evaluator_failures_total", "instance", _JOB), "{{instance}} failures"),
-            ],
+            [Query(f"candlecast_evaluator_duration_seconds{{{_JOB}}}", "{{instance}}")],
+        ),
+        Panel(
+            "Failures of a round",
+            "What the evaluator could not evaluate.",
+            "short",
+            [Query(increase("candlecast_evaluator_failures_total", "instance", _JOB), "{{instance}}")],
         ),
         Panel(
             "Age of the scores",

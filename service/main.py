@@ -125,6 +125,7 @@ def _listen(host: str, port: int, variable: str) -> socket.socket:
 
 def _url(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # every address is no address to ask
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 

@@ -134,6 +134,7 @@ def first_start(place: Any) -> list[dict[str, Any]]:
         with place.up("candlecast-cpu", CANDLECAST_REDIS_URL=address) as (_, process):
             printed = [process.stdout.readline() for _ in range(4)]
             assert printed[1] == "Try it:\n"
+            assert all(" http://127.0.0.1:" in line for line in printed[2:])
             forecasts = [answer_to(line) for line in printed[2:]]
             process.send_signal(signal.SIGTERM)
             assert process.wait(30) == 0

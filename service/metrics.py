@@ -273,10 +273,14 @@ class Metrics:
             self.computed_rows.labels(model, kind)
         for reason in FAILURES:
             self.inference_failures.labels(model, reason)
-        for reason in LOAD_FAILURES:
-            self.model_load_failures.labels(model, reason)
+        self.expect_load(model)
         self.batches_abandoned.labels(model)
         self.busy_seconds.labels(model)
+
+    def expect_load(self, model: str) -> None:
+        """The same of what can go wrong with its first load, or nobody would be told of a single failure."""
+        for reason in LOAD_FAILURES:
+            self.model_load_failures.labels(model, reason)
 
     @contextlib.contextmanager
     def redis_operation(self, op: str) -> Iterator[None]:

@@ -81,6 +81,8 @@ class Registry:
         self._noted: set[str] = set()
         self._loads: dict[str, asyncio.Task[LoadedModel]] = {}
         metrics.registry.register(Snapshot(self._as_metrics))
+        for name in nicknames.values():
+            metrics.expect_load(name)
 
     async def get(self, reference: str) -> LoadedModel:
         """The version that `name`, `name@version` or `name@alias` means now, loaded if it is not yet.

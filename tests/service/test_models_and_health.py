@@ -14,7 +14,7 @@ from models.naive import NaiveForecaster
 from service.app import create_admin_app
 from service.engine.registry import Registry
 from service.engine.selection import Selection
-from service.metrics import Metrics
+from service.metrics import LOAD_FAILURES, Metrics
 
 pytestmark = pytest.mark.anyio
 
@@ -115,6 +115,14 @@ async def test_damaged_weights_are_never_served(running: Any, rows: Any, store: 
         registry = app.state.services.metrics.registry
         assert registry.get_sample_value("candlecast_model_load_failures_total", failed) == 1
         assert registry.get_sample_value("candlecast_model_ready", {"model": "broken"}) is None
+
+
+async def test_the_first_failure_to_load_a_default_model_is_an_increase(running: Any) -> None:
+    async with running() as (_, app):
+        registry = app.state.services.metrics.registry
+        for reason in LOAD_FAILURES:
+            failed = {"model": app.state.services.settings.toto, "reason": reason}
+            assert registry.get_sample_value("candlecast_model_load_failures_total", failed) == 0
 
 
 async def test_a_broken_manifest_hides_no_other_model(

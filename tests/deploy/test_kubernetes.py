@@ -320,6 +320,20 @@ def test_every_container_has_requests_limits_and_an_image_of_this_version(manife
             assert not pod.ours or (name == "candlecast" and tag.removesuffix("-cuda") == VERSION), pod.name
 
 
+def test_one_machine_of_two_cores_has_room_for_all_that_starts_at_once(manifests: Manifests) -> None:
+    """The API waits for the models: if the job that trains them did not fit beside it, it would wait for ever."""
+    if manifests.overlay != "cpu":
+        return
+    asked = [
+        container["resources"]["requests"]["cpu"]
+        for pod in manifests.pods
+        if pod.kind != "CronJob"
+        for container in pod.spec["containers"]
+    ]
+    assert len(asked) == 3
+    assert sum(int(cpu.removesuffix("m")) * (1 if cpu.endswith("m") else 1000) for cpu in asked) <= 1000  # milli
+
+
 def test_only_jobs_may_write_the_model_store(manifests: Manifests) -> None:
     for pod in manifests.pods:
         mounts = [mount for container in pod.containers for mount in container["volumeMounts"]]

@@ -376,7 +376,8 @@ def train(
     if missing:
         manifests += train_all(missing, store_root, home / "cache", quiet=as_json)
     for manifest in manifests:
-        _print_version(manifest, as_json, [verdict(evaluation) for evaluation in manifest.evaluations])
+        notes = manifest.training.notes if manifest.training else ()
+        _print_version(manifest, as_json, [*notes, *(verdict(evaluation) for evaluation in manifest.evaluations)])
 
 
 @main.command()

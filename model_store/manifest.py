@@ -114,6 +114,7 @@ class TrainingRecord(_Strict):
     steps: int
     seconds: float
     seed: int
+    notes: tuple[str, ...] = Field(default=(), description="What did not go as the recipe says.")
 
 
 class Parity(_Strict):

@@ -37,16 +37,24 @@ class DataTable(_Strict):
 
 
 class Phase(_Strict):
-    """One optimisation: AdamW, linear warm-up, cosine to zero. It ends after `steps` or `max_seconds`."""
+    """One optimisation: AdamW, whose rate rises, stays and decays by the step alone: the same recipe, the same run."""
 
     steps: int = Field(gt=0)
-    max_seconds: float = Field(gt=0)
+    max_seconds: float | None = Field(None, gt=0, description="A guard: what takes longer ends early, and says so.")
     learning_rate: float = Field(gt=0)
     batch_rows: int = Field(32, gt=0)
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of the phase in which the rate rises.")
+    decay: float = Field(0.2, gt=0, le=1, description="Share of the phase in which it falls, along a cosine.")
+    floor: float = Field(0.0, ge=0, le=1, description="Share of the rate that is left at the end.")
     weight_decay: float = Field(0.01, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
+
+    @model_validator(mode="after")
+    def _rises_before_it_falls(self) -> Self:
+        if self.warmup + self.decay > 1:
+            raise ValueError(f"warmup {self.warmup} and decay {self.decay} are more than the whole phase")
+        return self
 
 
 class ObjectiveTable(_Strict):

@@ -230,6 +230,7 @@ def _record(prepared: Prepared, trained: Trained) -> TrainingRecord:
         interval=recipe.data.interval,
         start=_date(min(int(span[0]) for _, span in fitted)),
         end=_date(max(int(span[-1]) for _, span in fitted)),
+        notes=tuple(f"{phase}: {run.note}" for phase, run in trained.runs.items() if run.note),
         steps=sum(run.steps for run in trained.runs.values()),
         seconds=round(sum(run.seconds for run in trained.runs.values()), 1),
         seed=recipe.seed,

@@ -220,13 +220,15 @@ class WindowSampler:
     """
 
     def __init__(self, series: Sequence[Series], split: Split, length: int, *, calendar: str = "auto") -> None:
-        """ValueError if no series has `length` training candles."""
+        """ValueError, which names the longest, if no series has `length` training candles."""
         self._series = series
         self._length = length
-        counts = [max(0, len(split.targets(item, "train")) - length + 1) for item in series]
+        rows = [len(split.targets(item, "train")) for item in series]
+        counts = [max(0, there - length + 1) for there in rows]
         self._ends = np.cumsum(counts)
         if not sum(counts):
-            raise ValueError(f"no series has {length} candles to train on")
+            longest = int(np.argmax(rows))
+            raise ValueError(f"training needs {length} rows, {series[longest].symbol} has {rows[longest]} at most")
         self._calendars = {
             index: series_calendar(series[index], calendar) for index, count in enumerate(counts) if count
         }

@@ -296,5 +296,5 @@ def test_hourly_windows_carry_the_exchange_clock(eurusd: Series) -> None:
 
 
 def test_nothing_to_train_on_is_refused() -> None:
-    with pytest.raises(ValueError, match="no series has 51 candles"):
+    with pytest.raises(ValueError, match="needs 51 rows, AAA has 49"):
         WindowSampler([ramp("AAA", 4000, 50)], Split(20_000 * DAY_MS, 20_000 * DAY_MS, horizon=1), 51)

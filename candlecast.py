@@ -342,6 +342,7 @@ def check_data(folder: Path, summary: Path, as_json: bool, **options: Any) -> No
 @click.option("--train-root", type=CandleFolder, help="Train on this folder instead of what the recipe splits.")
 @click.option("--val-root", type=CandleFolder, help="Validate on this one, all of it later; may be left out.")
 @click.option("--test-root", type=CandleFolder, help="Test on this one, later still; symbols only it has are unseen.")
+@click.option("--restart", is_flag=True, help="Start anew where a run of the same recipe was ended early.")
 @HomeFolder
 @StoreRoot
 @JsonFlag
@@ -351,11 +352,14 @@ def train(
     train_root: Path | None,
     val_root: Path | None,
     test_root: Path | None,
+    restart: bool,
     home: Path,
     store_root: Path,
     as_json: bool,
 ) -> None:
     """Train every RECIPE side by side, evaluate it and put the version into the store.
+
+    A run that was ended early goes on where it was: with the same recipe and candles, to the same weights.
 
     \b
     Example: candlecast train training/recipes/toto-demo.toml
@@ -374,7 +378,7 @@ def train(
     missing = [recipe for recipe in recipes if recipe.name not in there]
     manifests = [store.manifest(name) for name in there]
     if missing:
-        manifests += train_all(missing, store_root, home / "cache", quiet=as_json)
+        manifests += train_all(missing, store_root, home, restart=restart, quiet=as_json)
     for manifest in manifests:
         notes = manifest.training.notes if manifest.training else ()
         _print_version(manifest, as_json, [*notes, *(verdict(evaluation) for evaluation in manifest.evaluations)])

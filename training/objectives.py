@@ -107,7 +107,7 @@ class TokenizerReconstruction:
     """
 
     def __init__(self, network: KronosTokenizer, sampler: WindowSampler, lookback: int, rng: np.random.Generator):
-        self.network = network
+        self.network, self.rng = network, rng
         self._windows = _KronosWindows(sampler, lookback, rng)
 
     def parameters(self) -> Iterable[nn.Parameter]:
@@ -142,7 +142,7 @@ class NextToken:
         rng: np.random.Generator,
         lookback_weight: float = 0.05,
     ):
-        self.network = network
+        self.network, self.rng = network, rng
         self._tokenizer = tokenizer.eval()
         self._windows = _KronosWindows(sampler, lookback, rng)
         self._lookback, self._lookback_weight = lookback, lookback_weight

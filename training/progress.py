@@ -38,24 +38,26 @@ def bars(*, quiet: bool = False) -> Iterator[Track]:
         yield track
 
 
-def train_all(recipes: Sequence[Recipe], store_root: Path, cache: Path, *, quiet: bool = False) -> list[Manifest]:
+def train_all(
+    recipes: Sequence[Recipe], store_root: Path, home: Path, *, restart: bool = False, quiet: bool = False
+) -> list[Manifest]:
     """Train every recipe, each in a process of its own where there are several; the first failure is raised.
 
-    Parsed candles stay in `cache`.
+    Parsed candles and the state of unfinished runs stay in `home`; runs go on from it unless they are to `restart`.
     """
     with bars(quiet=quiet) as track:
         if len(recipes) == 1:
-            return [train(recipes[0], ModelStore(store_root), track, cache)]
+            return [train(recipes[0], ModelStore(store_root), track, home, restart=restart)]
         context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
         with context.Manager() as manager, ProcessPoolExecutor(len(recipes), mp_context=context) as pool:
             updates: Any = manager.Queue()
-            futures = [pool.submit(_train_apart, recipe, store_root, cache, updates) for recipe in recipes]
+            futures = [pool.submit(_train_apart, recipe, store_root, home, restart, updates) for recipe in recipes]
             _relay(updates, futures, track)
             return [future.result() for future in futures]
 
 
-def _train_apart(recipe: Recipe, store_root: Path, cache: Path, updates: Any) -> Manifest:
-    return train(recipe, ModelStore(store_root), partial(_send, updates.put), cache)
+def _train_apart(recipe: Recipe, store_root: Path, home: Path, restart: bool, updates: Any) -> Manifest:
+    return train(recipe, ModelStore(store_root), partial(_send, updates.put), home, restart=restart)
 
 
 def _send(put: Callable[[tuple[str, float, str]], None], title: str, done: float, note: str) -> None:

@@ -49,6 +49,7 @@ class Phase(_Strict):
     weight_decay: float = Field(0.01, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
+    save_every: int = Field(100, gt=0, description="Steps after which a killed run need not start anew.")
 
     @model_validator(mode="after")
     def _rises_before_it_falls(self) -> Self:

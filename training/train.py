@@ -24,10 +24,11 @@ from training import candle_files
 from training.candle_files import Series
 from training.evaluate import Scores, baselines, evaluate, summary
 from training.initial import damp_residuals, start_at_random_walk, start_with_bits
-from training.loop import Report, Run, fit
+from training.loop import Objective, Run, fit
 from training.objectives import NextToken, TokenizerReconstruction, TotoLikelihood
 from training.packed import pack, pack_folder
 from training.recipe import Recipe
+from training.resume import RunFolder, run_folder
 from training.windows import (
     Origins,
     Part,
@@ -41,6 +42,7 @@ from training.windows import (
 
 Weights = Mapping[str, Tensor]
 Track = Callable[[str, float, str], None]  # what, share done, one line
+RunPhase = Callable[[str, Objective], Run]  # of this name
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,29 @@ class Prepared:
     origins: Mapping[Part, Origins]  # of the evaluation that is published
 
 
-def train(recipe: Recipe, store: ModelStore, track: Track, cache: Path | None = None) -> Manifest:
-    """Fit, evaluate and publish a recipe; the version becomes `candidate`, and `production` where there is none."""
-    prepared = prepare(recipe, cache)
+def train(recipe: Recipe, store: ModelStore, track: Track, home: Path, *, restart: bool = False) -> Manifest:
+    """Fit, evaluate and publish a recipe; the version becomes `candidate`, and `production` where there is none.
+
+    A run that was killed goes on, unless it is to `restart`: where it stands is kept under `home`.
+    """
+    prepared = prepare(recipe, home / "cache")
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    trained = _FITTERS[recipe.family](prepared, lambda phase: partial(track, f"{recipe.name} {phase}"))
+    with run_folder(home / "runs", recipe, prepared.series) as folder:
+        if restart:
+            folder.clear()
+        manifest = _fit_and_publish(prepared, store, track, folder)
+        folder.clear()
+    return manifest
+
+
+def _fit_and_publish(prepared: Prepared, store: ModelStore, track: Track, folder: RunFolder) -> Manifest:
+    recipe = prepared.recipe
+
+    def run(phase: str, objective: Objective) -> Run:
+        return fit(objective, recipe.phases[phase], partial(track, f"{recipe.name} {phase}"), folder.place(phase))
+
+    trained = _FITTERS[recipe.family](prepared, run)
     forecaster = build_forecaster(recipe.family, recipe.network, trained.weights)
     scores = {part: score(forecaster, prepared, part, track) for part in prepared.origins}
     manifest = publish(prepared, trained, forecaster, scores, store)
@@ -118,7 +137,7 @@ def _origins(recipe: Recipe, series: Sequence[Series], split: Split, part: Part)
 # -- fitting ---------------------------------------------------------------------------------------
 
 
-def _fit_toto(prepared: Prepared, reporter: Callable[[str], Report]) -> Trained:
+def _fit_toto(prepared: Prepared, run: RunPhase) -> Trained:
     recipe = prepared.recipe
     torch.manual_seed(recipe.seed)
     network = TotoNetwork(TotoConfig.from_published(recipe.network["network"]))
@@ -131,11 +150,11 @@ def _fit_toto(prepared: Prepared, reporter: Callable[[str], Report]) -> Trained:
         context=recipe.context,
         rng=np.random.default_rng(recipe.seed),
     )
-    run = fit(objective, recipe.phases["network"], reporter("network"))
-    return Trained(_tensors(network), {"network": run})
+    runs = {"network": run("network", objective)}
+    return Trained(_tensors(network), runs)
 
 
-def _fit_kronos(prepared: Prepared, reporter: Callable[[str], Report]) -> Trained:
+def _fit_kronos(prepared: Prepared, run: RunPhase) -> Trained:
     recipe = prepared.recipe
     torch.manual_seed(recipe.seed)
     rng = np.random.default_rng(recipe.seed)
@@ -144,15 +163,15 @@ def _fit_kronos(prepared: Prepared, reporter: Callable[[str], Report]) -> Traine
     for blocks in (tokenizer.encoder, tokenizer.decoder):
         damp_residuals(blocks, 0.1)
     reconstruction = TokenizerReconstruction(tokenizer, sampler, recipe.context, rng)
-    runs = {"tokenizer": fit(reconstruction, recipe.phases["tokenizer"], reporter("tokenizer"))}
+    runs = {"tokenizer": run("tokenizer", reconstruction)}
     predictor = KronosPredictor(PredictorConfig.from_published(recipe.network["predictor"]))
     start_with_bits(predictor)
     next_token = NextToken(predictor, tokenizer, sampler, recipe.context, rng)
-    runs["predictor"] = fit(next_token, recipe.phases["predictor"], reporter("predictor"))
+    runs["predictor"] = run("predictor", next_token)
     return Trained(_tensors(torch.nn.ModuleDict({"tokenizer": tokenizer, "predictor": predictor})), runs)
 
 
-_FITTERS: Mapping[str, Callable[[Prepared, Callable[[str], Report]], Trained]] = {
+_FITTERS: Mapping[str, Callable[[Prepared, RunPhase], Trained]] = {
     "toto": _fit_toto,
     "kronos": _fit_kronos,
 }

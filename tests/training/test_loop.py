@@ -2,6 +2,7 @@
 
 import time
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -15,6 +16,8 @@ class Parabola:
 
     def __init__(self, poison: int | None = None):
         self.x = torch.nn.Parameter(torch.zeros(1))
+        self.network = torch.nn.ParameterDict({"x": self.x})
+        self.rng = np.random.default_rng(0)
         self.calls = 0
         self.restored = 0
         self._poison = poison

@@ -82,7 +82,7 @@ def test_recipe_reaches_what_the_documents_claim(recipe, tmp_path):
     content = recipe.model_dump()
     for phase in content["phases"].values():
         phase["max_seconds"] = None  # however slow the machine
-    manifest = train(Recipe.model_validate(content), ModelStore(tmp_path), lambda *_: None)
+    manifest = train(Recipe.model_validate(content), ModelStore(tmp_path / "store"), lambda *_: None, tmp_path)
     # Wider than the aims by what the machine's speed and noise may take: a broken recipe lands far outside.
     for evaluation in manifest.evaluations:
         assert evaluation.metrics["crps_ratio_walk"].value < 1.10

@@ -1,0 +1,79 @@
+"""Where a run stands, on disk: what was killed goes on as if nothing had happened."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Final
+
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from model_store.files import sync_directory, write_synced
+from model_store.manifest import canonical_json
+from training.candle_files import Series, digest
+from training.recipe import Recipe
+
+_FACTS: Final = "facts"  # the JSON in a file's header
+
+
+@dataclass(frozen=True)
+class Place:
+    """The files of one phase of a run."""
+
+    folder: Path
+    phase: str
+
+    @property
+    def state(self) -> Path:
+        return self.folder / f"{self.phase}.safetensors"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of a run, which one process at a time holds."""
+
+    path: Path
+
+    def place(self, phase: str) -> Place:
+        return Place(self.path, phase)
+
+    def clear(self) -> None:
+        """Forget where the run stands: the next one starts at the beginning."""
+        for path in self.path.glob("*.safetensors"):
+            path.unlink()
+
+
+@contextmanager
+def run_folder(runs: Path, recipe: Recipe, series: Sequence[Series]) -> Iterator[RunFolder]:
+    """The folder under `runs` of this very recipe on these very candles; RuntimeError while another process has it."""
+    content = {"recipe": recipe.model_dump(mode="json"), "data": digest(series)}
+    path = runs / f"{recipe.name}-{sha256(canonical_json(content)).hexdigest()[:12]}"
+    path.mkdir(parents=True, exist_ok=True)
+    with open(path / ".lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RuntimeError(f"{recipe.name} is being trained by another process, in {path}") from error
+        yield RunFolder(path)
+
+
+def write_state(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """One file with all of it, under its name only once it is whole."""
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    temporary = path.with_suffix(".tmp")
+    write_synced(temporary, save(contiguous, metadata={_FACTS: json.dumps(facts)}))
+    os.replace(temporary, path)
+    sync_directory(path.parent)
+
+
+def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write_state` wrote."""
+    with safe_open(path, "pt") as file:
+        names = file.keys()
+        return {name: file.get_tensor(name) for name in names}, json.loads(file.metadata()[_FACTS])

@@ -114,7 +114,8 @@ class TrainingRecord(_Strict):
     steps: int
     seconds: float
     seed: int
-    notes: tuple[str, ...] = Field(default=(), description="What did not go as the recipe says.")
+    notes: tuple[str, ...] = Field(default=(), description="What the recipe does not say: early ends, chosen steps.")
+    losses: dict[str, float] = Field(default={}, description="By phase, mean of the last tenth; skill is what counts.")
 
 
 class Parity(_Strict):

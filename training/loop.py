@@ -1,19 +1,23 @@
 """The training loop, visible as one loop."""
 
 import math
+import resource
+import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from training.recipe import Phase
+from training.recipe import Phase, SelectTable
 from training.resume import Place, read_state, write_state
 
+_MAXRSS_UNIT: Final = 1 if sys.platform == "darwin" else 1024  # bytes
 _NO_MEMORY: Final = "can't allocate memory"  # torch says so on a CPU, in a RuntimeError like any other
 
 
@@ -23,6 +27,17 @@ class Diverged(RuntimeError):
 
 class OutOfMemory(RuntimeError):
     """A batch does not fit."""
+
+
+Batch = tuple[Tensor, ...]
+Report = Callable[[float, str], None]  # share done, one line
+
+
+class Judgement(NamedTuple):
+    """Forecasts of the val part; the lower CRPS is the better one."""
+
+    crps: float
+    skill_vs_naive: float
 
 
 class Objective(Protocol):
@@ -40,8 +55,12 @@ class Objective(Protocol):
 
     def parameters(self) -> Iterable[nn.Parameter]: ...
 
-    def loss(self, rows: int) -> Tensor:
-        """The loss of `rows` freshly drawn windows."""
+    def draw(self, rows: int) -> Batch:
+        """Fresh windows: tensors with `rows` along the first axis."""
+        ...
+
+    def loss(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Parts whose sum is the loss, each a mean over the rows of the batch."""
         ...
 
     def after_step(self) -> None:
@@ -56,35 +75,58 @@ class Run:
     steps: int
     seconds: float
     loss: float  # mean of the last tenth
-    note: str | None = None  # why it ended before its time
+    notes: tuple[str, ...] = ()  # why it ended before its time, which weights it chose
 
 
-Report = Callable[[float, str], None]  # share done, one line
+@dataclass(frozen=True)
+class Selection:
+    """How the published weights are chosen."""
+
+    table: SelectTable
+    judge: Callable[[], Judgement]  # of the weights that the network has at this time
 
 
-def fit(objective: Objective, phase: Phase, report: Report, place: Place | None = None) -> Run:
+def fit(
+    objective: Objective,
+    phase: Phase,
+    report: Report,
+    place: Place | None = None,
+    selection: Selection | None = None,
+) -> Run:
     """Minimise `objective` for `phase.steps` steps; the learning rate is a function of the step alone.
 
     After `phase.max_seconds` the rate falls to its floor within a tenth of the steps taken so far, and the run ends.
-    The state is kept at `place`; one that is there already is gone on from, to the very weights of a run that was
-    never killed. Diverged and OutOfMemory say which state is the last good one.
+    State and training.log are kept at `place`; a state that is there already is gone on from, to the very weights of a
+    run that was never killed. With a `selection`, which needs a place, the network ends with the best weights judged.
+    Diverged and OutOfMemory say which state is the last good one.
     """
     fitting = _Fitting(objective, phase)
     if place and place.state.exists():
         fitting.restore(*read_state(place.state))
     schedule, losses = fitting.schedule, fitting.losses
+    log = place.log(len(losses)) if place else None
     while (step := len(losses)) < schedule.steps:
         if phase.max_seconds and fitting.seconds() > phase.max_seconds:
             schedule.wind_down(step)
         try:
-            fitting.update(schedule.rate(step))
+            facts = fitting.update(schedule.rate(step))
         except (RuntimeError, MemoryError) as error:
             raise _explained(error, phase, step, place) from error
-        if place and (len(losses) % phase.save_every == 0 or len(losses) == schedule.steps):
+        if place and selection and _due(len(losses), selection.table.every, schedule):
+            facts |= fitting.judge(place, selection)._asdict()
+        if log:
+            log.write(facts)
+        if place and _due(len(losses), phase.save_every, schedule):
             write_state(place.state, fitting.tensors(), fitting.facts())
+            place.keep_best(fitting.best)
         report(len(losses) / schedule.steps, f"step {len(losses)}, loss {_tail_mean(losses):.4f}")
+    notes = tuple(note for note in (schedule.note, fitting.finish(place)) if note)
     report(1.0, f"{len(losses)} steps, loss {_tail_mean(losses):.4f}")
-    return Run(len(losses), fitting.seconds(), _tail_mean(losses), schedule.note)
+    return Run(len(losses), fitting.seconds(), _tail_mean(losses), notes)
+
+
+def _due(step: int, every: int, schedule: "Schedule") -> bool:
+    return step % every == 0 or step == schedule.steps
 
 
 def _explained(error: Exception, phase: Phase, step: int, place: Place | None) -> Exception:
@@ -92,7 +134,8 @@ def _explained(error: Exception, phase: Phase, step: int, place: Place | None) -
     if isinstance(error, Diverged):
         return Diverged(f"{error} at step {step}: lower the learning rate or the clipping norm{kept}")
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or _NO_MEMORY in str(error):
-        return OutOfMemory(f"out of memory at step {step}: batch_rows = {phase.batch_rows} is too much{kept}")
+        rows = f"batch_rows = {phase.batch_rows} and accumulate = {phase.accumulate}"
+        return OutOfMemory(f"out of memory at step {step} with {rows}: raise the latter or lower the former{kept}")
     return error
 
 
@@ -101,33 +144,104 @@ class _Fitting:
 
     def __init__(self, objective: Objective, phase: Phase) -> None:
         self.losses: list[float] = []
+        self.best: list[int] = []  # steps after which the weights forecast best, the very best first
         self.schedule = Schedule(phase)
         self._objective, self._phase = objective, phase
+        self._device = next(iter(objective.parameters())).device.type
         self._parameters = [p for p in objective.parameters() if p.requires_grad]
         self._optimiser = torch.optim.AdamW(
             self._parameters, lr=phase.learning_rate, betas=phase.betas, weight_decay=phase.weight_decay
         )
+        self._average = [p.detach().clone() for p in self._parameters] if phase.ema else []
+        self._judged: list[tuple[Judgement, int]] = []
         self._started = time.monotonic()
 
     def seconds(self) -> float:
         """How long the phase has run, what came before a kill included."""
         return time.monotonic() - self._started
 
-    def update(self, rate: float) -> None:
-        """One step. Nothing has changed where it raises Diverged."""
+    def update(self, rate: float) -> dict[str, Any]:
+        """One step, and what there is to log of it. No weight has changed where it raises Diverged."""
+        started = time.monotonic()
         for group in self._optimiser.param_groups:
             group["lr"] = rate
         self._optimiser.zero_grad()
-        loss = self._objective.loss(self._phase.batch_rows)
-        if not math.isfinite(value := loss.item()):
-            raise Diverged(f"the loss is {value}")
-        loss.backward()
+        parts = self._gradients()
+        if not math.isfinite(loss := sum(parts.values())):
+            raise Diverged(f"the loss is {loss}")
         norm = float(nn.utils.clip_grad_norm_(self._parameters, self._phase.clip))
         if not math.isfinite(norm):
-            raise Diverged(f"the loss is {value}, but its gradient's norm is {norm}")
+            raise Diverged(f"the loss is {loss}, but its gradient's norm is {norm}")
         self._optimiser.step()
         self._objective.after_step()
-        self.losses.append(value)
+        self._follow()
+        self.losses.append(loss)
+        return {
+            "step": len(self.losses),
+            "loss": loss,
+            "parts": parts,
+            "learning_rate": rate,
+            "gradient_norm": norm,
+            "rows_per_second": self._phase.batch_rows / (time.monotonic() - started),
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT,
+        }
+
+    def _gradients(self) -> dict[str, float]:
+        """Leave the gradients of one batch, taken piece by piece, with the parameters; its mean loss by part."""
+        batch = self._objective.draw(self._phase.batch_rows)
+        pieces = zip(*(tensor.chunk(self._phase.accumulate) for tensor in batch), strict=True)
+        totals: dict[str, float] = defaultdict(float)
+        for piece in pieces:
+            with torch.autocast(self._device, torch.bfloat16, enabled=self._phase.precision == "bfloat16"):
+                parts = self._objective.loss(piece)
+            (torch.stack(list(parts.values())).sum() / self._phase.accumulate).backward()
+            for name, part in parts.items():
+                totals[name] += part.item() / self._phase.accumulate
+        return dict(totals)
+
+    def _follow(self) -> None:
+        """Move the average towards the weights, faster while it is young."""
+        if self._phase.ema:
+            step = len(self.losses) + 1
+            decay = min(self._phase.ema, (1 + step) / (10 + step))
+            torch._foreach_lerp_(self._average, [p.detach() for p in self._parameters], 1 - decay)
+
+    def judge(self, place: Place, selection: Selection) -> Judgement:
+        """Judge the weights as they would be published, keep them if they are among the best, end what is stale."""
+        step, table = len(self.losses), selection.table
+        with self._averaged():
+            judgement = selection.judge()
+            self._judged.append((judgement, step))
+            self.best = [at for _, at in sorted(self._judged)[: table.keep]]
+            if step in self.best:
+                write_state(place.best(step), self._objective.network.state_dict(), {})
+        stale = sum(at > self.best[0] for _, at in self._judged)
+        if stale >= (table.patience or math.inf) and step < self.schedule.steps:
+            self.schedule.stop(step, f"no better forecast since step {self.best[0]}")
+        return judgement
+
+    def finish(self, place: Place | None) -> str | None:
+        """Leave with the network the weights to publish; which ones, if there was a choice."""
+        if place and self._judged:
+            judgement, step = min(self._judged)
+            self._objective.network.load_state_dict(read_state(place.best(step))[0])
+            return f"the weights of step {step} had the lowest CRPS on val, {judgement.crps:.5f}"
+        self._swap()
+        return None
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        self._swap()
+        yield
+        self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        """Exchange the weights and their average, if there is one."""
+        for parameter, average in zip(self._parameters, self._average, strict=False):
+            kept = parameter.clone()
+            parameter.copy_(average)
+            average.copy_(kept)
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights, moments of the optimiser, losses so far, torch's generator."""
@@ -136,13 +250,21 @@ class _Fitting:
             "losses": torch.tensor(self.losses, dtype=torch.float64),
             "torch_rng": torch.get_rng_state(),
             **{f"weights/{name}": tensor for name, tensor in self._objective.network.state_dict().items()},
+            **{f"average/{index}": tensor for index, tensor in enumerate(self._average)},
             **{f"moments/{index}/{name}": value for index, of in moments.items() for name, value in of.items()},
         }
 
     def facts(self) -> dict[str, Any]:
         """The rest, as JSON has it."""
         rng = self._objective.rng.bit_generator.state
-        return {"seconds": self.seconds(), "cut": self.schedule.cut, "rng": rng}
+        judged = [[*judgement, step] for judgement, step in self._judged]
+        return {
+            "seconds": self.seconds(),
+            "schedule": self.schedule.facts(),
+            "rng": rng,
+            "judged": judged,
+            "best": self.best,
+        }
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Stand where `tensors` and `facts` were taken."""
@@ -154,8 +276,11 @@ class _Fitting:
             moments[int(index)][key] = value
         groups = self._optimiser.state_dict()["param_groups"]
         self._optimiser.load_state_dict({"state": moments, "param_groups": groups})
-        if facts["cut"] is not None:
-            self.schedule.wind_down(facts["cut"])
+        for index, tensor in _under("average/", tensors).items():
+            self._average[int(index)].copy_(tensor)
+        self.schedule.restore(facts["schedule"])
+        self.best = facts["best"]
+        self._judged = [(Judgement(crps, skill), step) for crps, skill, step in facts["judged"]]
         self._started -= facts["seconds"]
         self._objective.rng.bit_generator.state = facts["rng"]
         torch.set_rng_state(tensors["torch_rng"])
@@ -172,20 +297,25 @@ class Schedule:
         self._phase = phase
         self.cut: int | None = None  # the step at which time was up
         self.steps = phase.steps
+        self.note: str | None = None  # why there are fewer steps than the recipe has
 
-    @property
-    def note(self) -> str | None:
-        """Why there are fewer steps than the recipe has."""
-        if self.cut is None:
-            return None
-        phase = self._phase
-        return f"{phase.max_seconds:g} s were over at step {self.cut}: it ended after {self.steps} of {phase.steps}"
+    def facts(self) -> dict[str, Any]:
+        """What `restore` needs."""
+        return {"cut": self.cut, "steps": self.steps, "note": self.note}
+
+    def restore(self, facts: Mapping[str, Any]) -> None:
+        self.cut, self.steps, self.note = facts["cut"], facts["steps"], facts["note"]
+
+    def stop(self, step: int, why: str) -> None:
+        """End the phase after `step` steps."""
+        self.steps, self.note = step, f"{why}: it ended after {step} of {self._phase.steps} steps"
 
     def wind_down(self, step: int) -> None:
         """Let the rate fall from here on, unless it is about to anyway."""
         ends = step + 1 + step // 10
         if self.cut is None and ends < self.steps:
-            self.cut, self.steps = step, ends
+            self.cut = step
+            self.stop(ends, f"{self._phase.max_seconds or 0:g} s were over at step {step}")
 
     def rate(self, step: int) -> float:
         """The rate of one step, counted from 0."""

@@ -19,6 +19,7 @@ from models.toto.network import TotoNetwork
 from models.toto.transform import Transform
 from training.augment import aggregate, mirror, scale_moves
 from training.initial import frozen_location
+from training.loop import Batch
 from training.windows import WindowSampler
 
 
@@ -44,29 +45,32 @@ class TotoLikelihood:
     def parameters(self) -> Iterable[nn.Parameter]:
         return self.network.parameters()
 
-    def loss(self, rows: int) -> Tensor:
+    def draw(self, rows: int) -> Batch:
+        """Encoded candles `[B, V, T + S]`, and the steps of a patch `[B, steps_drawn]`, the same in every row."""
         bars = int(self.rng.choice(list(self.samplers)))
         candles = aggregate(self.samplers[bars].draw(rows, self.rng).candles, bars)
         candles = mirror(candles, self.rng.random(rows) < 0.5)
         encoded = self.transform.encode(candles, self.context)
-        values = torch.from_numpy(encoded.astype(np.float32)).transpose(1, 2)  # [B, V, T + S]
-        return self._loss(values)
+        values = torch.from_numpy(encoded.astype(np.float32)).transpose(1, 2)
+        steps = np.sort(self.rng.choice(self.network.config.patch_size, self.steps_drawn, replace=False))
+        return values, torch.from_numpy(steps).expand(rows, -1)
 
-    def _loss(self, values: Tensor) -> Tensor:
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """By variate, weighted."""
+        values, steps = batch[0], batch[1][0]
         patch = self.network.config.patch_size
         context = values[..., : self.context]
         weights = torch.ones_like(context[:, :1])
         loc, scale = self.network.scale(context, weights)
         hidden = self.network.embed(context, weights, loc, scale)  # [B, V, P, D]
-        steps = torch.from_numpy(np.sort(self.rng.choice(patch, self.steps_drawn, replace=False)))
         head, bias = self.network.composed_head()
         projected = torch.einsum("bvpd,skd->bvpsk", hidden, head[steps]) + bias[steps]
         targets = values[..., patch:].unflatten(-1, (-1, patch))[..., steps]  # [B, V, P, S]
         scaled = (targets - loc.unsqueeze(-1)) / scale.unsqueeze(-1)
         variate = torch.ones(len(VARIATES))
         variate[CLOSE], variate[VOLUME] = self.close_weight, self.volume_weight
-        likelihood = log_density(self.network.mixture(projected), scaled).mean((0, 2, 3))
-        return -(likelihood * variate).sum() / variate.sum()
+        likelihood = log_density(self.network.mixture(projected.float()), scaled).mean((0, 2, 3))
+        return dict(zip(VARIATES, (-likelihood * variate / variate.sum()).unbind(), strict=True))
 
     def after_step(self) -> None:
         with torch.no_grad():
@@ -113,19 +117,24 @@ class TokenizerReconstruction:
     def parameters(self) -> Iterable[nn.Parameter]:
         return self.network.parameters()
 
-    def loss(self, rows: int) -> Tensor:
-        candles, _ = self._windows.draw(rows)
+    def draw(self, rows: int) -> Batch:
+        return self._windows.draw(rows)[:1]
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """By term. The codebook's entropy is that of the batch it is given, and no mean over its rows."""
+        (candles,) = batch
         config = self.network.config
         from_coarse, from_all, latent = self.network(candles)
+        latent = latent.float()
         unit = F.normalize(latent, dim=-1)
         commitment = (quantize(latent).detach() - unit).square().sum(-1).mean()
         entropy = entropy_penalty(unit, config.group_size, per_sample=config.gamma0, codebook=config.gamma)
-        return (
-            F.mse_loss(from_coarse, candles)
-            + F.mse_loss(from_all, candles)
-            + config.beta * commitment
-            + config.zeta * entropy
-        )
+        return {
+            "mse_coarse": F.mse_loss(from_coarse.float(), candles),
+            "mse_all": F.mse_loss(from_all.float(), candles),
+            "commitment": config.beta * commitment,
+            "entropy": config.zeta * entropy,
+        }
 
     def after_step(self) -> None: ...
 
@@ -150,19 +159,21 @@ class NextToken:
     def parameters(self) -> Iterable[nn.Parameter]:
         return self.network.parameters()
 
-    def loss(self, rows: int) -> Tensor:
-        candles, stamps = self._windows.draw(rows)
+    def draw(self, rows: int) -> Batch:
+        return self._windows.draw(rows)
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Of coarse and fine tokens, half the mean entropy each."""
+        candles, stamps = batch
         with torch.no_grad():
             coarse, fine = self._tokenizer.encode(candles)
         logits = self.network(coarse[:, :-1], fine[:, :-1], stamps[:, :-1], coarse[:, 1:])
         weight = torch.full((candles.shape[1] - 1,), self._lookback_weight)
         weight[self._lookback - 1 :] = 1.0
-        entropies = [
-            F.cross_entropy(part.flatten(0, 1), target[:, 1:].flatten(), reduction="none").view(rows, -1)
-            for part, target in zip(logits, (coarse, fine), strict=True)
-        ]
-        per_position = sum(entropies).mean(0) / 2  # type: ignore[union-attr]
-        mean: Tensor = (per_position * weight).sum() / weight.sum()
-        return mean
+        parts = {}
+        for name, part, target in zip(("coarse", "fine"), logits, (coarse, fine), strict=True):
+            entropy = F.cross_entropy(part.flatten(0, 1).float(), target[:, 1:].flatten(), reduction="none")
+            parts[name] = (entropy.view(len(target), -1).mean(0) / 2 * weight).sum() / weight.sum()
+        return parts
 
     def after_step(self) -> None: ...

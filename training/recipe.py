@@ -49,7 +49,16 @@ class Phase(_Strict):
     weight_decay: float = Field(0.01, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
+    accumulate: int = Field(1, gt=0, description="Pieces in which a batch passes the network, to need less memory.")
+    precision: Literal["float32", "bfloat16"] = "float32"
+    ema: float | None = Field(None, gt=0, lt=1, description="Publish the average of the weights, with this decay.")
     save_every: int = Field(100, gt=0, description="Steps after which a killed run need not start anew.")
+
+    @model_validator(mode="after")
+    def _pieces_have_rows(self) -> Self:
+        if self.batch_rows % self.accumulate:
+            raise ValueError(f"{self.batch_rows} rows do not make {self.accumulate} equal pieces")
+        return self
 
     @model_validator(mode="after")
     def _rises_before_it_falls(self) -> Self:
@@ -90,6 +99,16 @@ class EvaluateTable(_Strict):
     batch_rows: int = Field(32, gt=0)
 
 
+class SelectTable(_Strict):
+    """Which weights are published: those of the last phase whose forecasts of the val part had the lowest CRPS."""
+
+    every: int = Field(gt=0, description="Steps between two judgements.")
+    stride: int = Field(gt=0, description="Candles between the origins.")
+    samples: int = Field(32, gt=0)
+    keep: int = Field(3, gt=0, description="How many of the best weights stay on disk until the run is published.")
+    patience: int | None = Field(None, gt=0, description="Judgements without a better one after which the run ends.")
+
+
 class Recipe(_Strict):
     """See training/recipes/*.toml."""
 
@@ -104,6 +123,7 @@ class Recipe(_Strict):
     network: dict[str, Any] = Field(description="config.json of the version, as its family stores it.")
     phases: dict[str, Phase]
     objective: ObjectiveTable = ObjectiveTable()
+    select: SelectTable | None = Field(None, description="By default the last weights are published.")
     evaluate: EvaluateTable
     serving: ServingTable = ServingTable()
 

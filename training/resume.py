@@ -3,7 +3,7 @@
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
@@ -33,6 +33,42 @@ class Place:
     def state(self) -> Path:
         return self.folder / f"{self.phase}.safetensors"
 
+    def best(self, step: int) -> Path:
+        """The weights after `step` steps, where they are among the best."""
+        return self.folder / f"{self.phase}-best-{step}.safetensors"
+
+    def keep_best(self, steps: Iterable[int]) -> None:
+        """Delete all other best weights."""
+        kept = {self.best(step) for step in steps}
+        for path in self.folder.glob(f"{self.phase}-best-*.safetensors"):
+            if path not in kept:
+                path.unlink()
+
+    def log(self, step: int) -> "Log":
+        """The run's log, as it was after `step` steps of this phase."""
+        return Log(self.folder / "training.log", self.phase, step)
+
+
+class Log:
+    """JSON lines, in the order of phases and steps, whatever was killed and gone on with."""
+
+    def __init__(self, path: Path, phase: str, step: int) -> None:
+        self._path, self._phase = path, phase
+        lines = path.read_text().splitlines() if path.exists() else []
+        path.write_text("".join(f"{line}\n" for line in lines if self._stays(line, step)))
+
+    def write(self, facts: Mapping[str, Any]) -> None:
+        """Append one line."""
+        with self._path.open("a") as file:
+            file.write(json.dumps({"phase": self._phase, **facts}) + "\n")
+
+    def _stays(self, line: str, step: int) -> bool:
+        try:
+            facts = json.loads(line)
+        except ValueError:  # cut short by a kill
+            return False
+        return bool(facts["phase"] != self._phase or facts["step"] <= step)
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -44,7 +80,7 @@ class RunFolder:
         return Place(self.path, phase)
 
     def clear(self) -> None:
-        """Forget where the run stands: the next one starts at the beginning."""
+        """Forget where the run stands, but not what it logged: the next one starts at the beginning."""
         for path in self.path.glob("*.safetensors"):
             path.unlink()
 

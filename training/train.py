@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from training import candle_files
 from training.candle_files import Series
 from training.evaluate import Scores, baselines, evaluate, summary
 from training.initial import damp_residuals, start_at_random_walk, start_with_bits
-from training.loop import Objective, Run, fit
+from training.loop import Judgement, Objective, Run, Selection, fit
 from training.objectives import NextToken, TokenizerReconstruction, TotoLikelihood
 from training.packed import pack, pack_folder
 from training.recipe import Recipe
@@ -42,7 +42,12 @@ from training.windows import (
 
 Weights = Mapping[str, Tensor]
 Track = Callable[[str, float, str], None]  # what, share done, one line
-RunPhase = Callable[[str, Objective], Run]  # of this name
+
+
+class RunPhase(Protocol):
+    """Runs the phase of this name; the weights that would be published are judged where there are such."""
+
+    def __call__(self, phase: str, objective: Objective, published: Callable[[], Weights] | None = None) -> Run: ...
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ class Prepared:
     series: Sequence[Series]
     split: Split
     origins: Mapping[Part, Origins]  # of the evaluation that is published
+    choosing: Origins | None  # of the val part, among weights
 
 
 def train(recipe: Recipe, store: ModelStore, track: Track, home: Path, *, restart: bool = False) -> Manifest:
@@ -82,8 +88,12 @@ def train(recipe: Recipe, store: ModelStore, track: Track, home: Path, *, restar
 def _fit_and_publish(prepared: Prepared, store: ModelStore, track: Track, folder: RunFolder) -> Manifest:
     recipe = prepared.recipe
 
-    def run(phase: str, objective: Objective) -> Run:
-        return fit(objective, recipe.phases[phase], partial(track, f"{recipe.name} {phase}"), folder.place(phase))
+    def run(phase: str, objective: Objective, published: Callable[[], Weights] | None = None) -> Run:
+        selection = (
+            Selection(recipe.select, partial(_judge, prepared, published)) if recipe.select and published else None
+        )
+        report = partial(track, f"{recipe.name} {phase}")
+        return fit(objective, recipe.phases[phase], report, folder.place(phase), selection)
 
     trained = _FITTERS[recipe.family](prepared, run)
     forecaster = build_forecaster(recipe.family, recipe.network, trained.weights)
@@ -101,8 +111,12 @@ def prepare(recipe: Recipe, cache: Path | None = None) -> Prepared:
     CandleFileError or ValueError say what is missing.
     """
     series, split = _whole(recipe, recipe.data.folder, cache) if recipe.data.folder else _parted(recipe, cache)
-    parts: list[Part] = ["test", "unseen"] if split.unseen else ["test"]
-    return Prepared(recipe, series, split, {part: _origins(recipe, series, split, part) for part in parts})
+    parts: dict[Part, int] = {"test": recipe.evaluate.stride}
+    if split.unseen:
+        parts["unseen"] = recipe.evaluate.unseen_stride
+    origins = {part: _origins(recipe, series, split, part, stride) for part, stride in parts.items()}
+    choosing = _origins(recipe, series, split, "val", recipe.select.stride) if recipe.select else None
+    return Prepared(recipe, series, split, origins, choosing)
 
 
 def _whole(recipe: Recipe, folder: Path, cache: Path | None) -> tuple[Sequence[Series], Split]:
@@ -125,8 +139,7 @@ def _candles(recipe: Recipe, folder: Path, cache: Path | None) -> Sequence[Serie
     return found
 
 
-def _origins(recipe: Recipe, series: Sequence[Series], split: Split, part: Part) -> Origins:
-    stride = recipe.evaluate.unseen_stride if part == "unseen" else recipe.evaluate.stride
+def _origins(recipe: Recipe, series: Sequence[Series], split: Split, part: Part, stride: int) -> Origins:
     origins = rolling_origins(series, split, part, stride=stride, min_context=recipe.context)
     if not len(origins):
         needed = recipe.context + recipe.horizon
@@ -150,7 +163,7 @@ def _fit_toto(prepared: Prepared, run: RunPhase) -> Trained:
         context=recipe.context,
         rng=np.random.default_rng(recipe.seed),
     )
-    runs = {"network": run("network", objective)}
+    runs = {"network": run("network", objective, lambda: _tensors(network))}
     return Trained(_tensors(network), runs)
 
 
@@ -167,8 +180,9 @@ def _fit_kronos(prepared: Prepared, run: RunPhase) -> Trained:
     predictor = KronosPredictor(PredictorConfig.from_published(recipe.network["predictor"]))
     start_with_bits(predictor)
     next_token = NextToken(predictor, tokenizer, sampler, recipe.context, rng)
-    runs["predictor"] = run("predictor", next_token)
-    return Trained(_tensors(torch.nn.ModuleDict({"tokenizer": tokenizer, "predictor": predictor})), runs)
+    both = torch.nn.ModuleDict({"tokenizer": tokenizer, "predictor": predictor})
+    runs["predictor"] = run("predictor", next_token, lambda: _tensors(both))
+    return Trained(_tensors(both), runs)
 
 
 _FITTERS: Mapping[str, Callable[[Prepared, RunPhase], Trained]] = {
@@ -197,15 +211,36 @@ def score(forecaster: Forecaster, prepared: Prepared, part: Part, track: Track) 
         judged += rows
         track(f"{recipe.name} evaluate {part}", judged / len(origins), f"{judged} origins")
 
+    return _evaluate(forecaster, prepared, origins, recipe.evaluate.samples, advance)
+
+
+def _judge(prepared: Prepared, published: Callable[[], Weights]) -> Judgement:
+    recipe = prepared.recipe
+    assert recipe.select is not None
+    assert prepared.choosing is not None
+    forecaster = build_forecaster(recipe.family, recipe.network, published())
+    scores = _evaluate(forecaster, prepared, prepared.choosing, recipe.select.samples)
+    relative = np.abs(scores.errors).mean() / np.abs(scores.naive_errors).mean()
+    return Judgement(crps=float(scores.crps.mean()), skill_vs_naive=float(1 - relative))
+
+
+def _evaluate(
+    forecaster: Forecaster,
+    prepared: Prepared,
+    origins: Origins,
+    samples: int,
+    progress: Callable[[int], None] | None = None,
+) -> Scores:
+    recipe = prepared.recipe
     return evaluate(
         forecaster,
         prepared.series,
         origins,
-        sampling=replace(served_sampling(_serving(recipe)), samples=recipe.evaluate.samples),
+        sampling=replace(served_sampling(_serving(recipe)), samples=samples),
         lookback=recipe.context,
         calendar=recipe.data.calendar,
         batch_rows=recipe.evaluate.batch_rows,
-        progress=advance,
+        progress=progress,
     )
 
 
@@ -249,7 +284,8 @@ def _record(prepared: Prepared, trained: Trained) -> TrainingRecord:
         interval=recipe.data.interval,
         start=_date(min(int(span[0]) for _, span in fitted)),
         end=_date(max(int(span[-1]) for _, span in fitted)),
-        notes=tuple(f"{phase}: {run.note}" for phase, run in trained.runs.items() if run.note),
+        notes=tuple(f"{phase}: {note}" for phase, run in trained.runs.items() for note in run.notes),
+        losses={phase: run.loss for phase, run in trained.runs.items()},
         steps=sum(run.steps for run in trained.runs.values()),
         seconds=round(sum(run.seconds for run in trained.runs.values()), 1),
         seed=recipe.seed,

@@ -80,7 +80,7 @@ class ScaledNorm(RMSNorm):
         del self.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.scale.shape, self.scale, self.eps)
+        return F.rms_norm(x.to(self.scale.dtype), self.scale.shape, self.scale, self.eps)
 
 
 class Attention(nn.Module):

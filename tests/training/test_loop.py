@@ -1,5 +1,6 @@
-"""The loop: it descends, it ends by its steps, it says when it diverges."""
+"""The loop: it descends, it ends by its steps, it publishes what forecasts best, it says when it diverges."""
 
+import json
 import time
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from training.loop import Diverged, Schedule, fit
-from training.recipe import Phase
+from training.loop import Diverged, Judgement, Schedule, Selection, fit
+from training.recipe import Phase, SelectTable
+from training.resume import Place
 
 
 class Parabola:
@@ -25,11 +27,13 @@ class Parabola:
     def parameters(self):
         return [self.x]
 
-    def loss(self, rows):
-        assert rows == 32
+    def draw(self, rows):
+        return (torch.ones(rows),)
+
+    def loss(self, batch):
         self.calls += 1
         factor = torch.nan if self.calls == self._poison else 1.0
-        return ((self.x - 3) ** 2).sum() * factor
+        return {"square": (batch[0] * (self.x - 3) ** 2).mean() * factor}
 
     def after_step(self):
         self.restored += 1
@@ -76,8 +80,8 @@ def test_warm_up_and_decay_longer_than_the_phase_are_refused():
 def test_the_guard_winds_down_within_a_tenth_and_says_so():
     run = fit(Parabola(), phase(steps=10**9, max_seconds=0.2), lambda done, note: None)
     assert 0 < run.steps < 10**9
-    assert run.note is not None
-    assert run.note.startswith("0.2 s were over at step")
+    (note,) = run.notes
+    assert note.startswith("0.2 s were over at step")
     schedule = Schedule(phase(steps=1000, max_seconds=1.0, learning_rate=1.0))
     before = [schedule.rate(step) for step in range(500)]
     schedule.wind_down(500)
@@ -96,3 +100,68 @@ def test_the_guard_leaves_a_run_alone_that_is_nearly_done():
 def test_not_a_number_ends_the_run_with_the_step():
     with pytest.raises(Diverged, match="step 4"):
         fit(Parabola(poison=5), phase(), lambda done, note: None)
+
+
+def test_every_step_is_a_line_of_the_log(tmp_path):
+    target = Parabola()
+    fit(target, phase(steps=20, clip=0.5), lambda *_: None, Place(tmp_path, "network"))
+    lines = [json.loads(line) for line in (tmp_path / "training.log").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    assert lines[0]["loss"] == lines[0]["parts"]["square"] == 9.0
+    assert lines[0]["gradient_norm"] == 6.0  # before it was clipped
+    assert float(target.x.grad.abs()) <= 0.5
+    assert lines[0]["learning_rate"] < lines[5]["learning_rate"] == 0.1
+    assert all(line["rows_per_second"] > 0 and line["peak_memory_bytes"] > 1 << 20 for line in lines)
+
+
+def test_the_average_of_the_weights_is_what_a_slow_loop_makes_of_them():
+    path = []
+    for steps in range(1, 11):
+        target = Parabola()
+        fit(target, phase(steps=steps, warmup=0, decay=1e-9), lambda *_: None)
+        path.append(float(target.x.detach()))
+    averaged = Parabola()
+    fit(averaged, phase(steps=10, warmup=0, decay=1e-9, ema=0.5), lambda *_: None)
+    expected = 0.0
+    for step, x in enumerate(path, start=1):
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * x
+    assert float(averaged.x.detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def chosen(target, tmp_path, **table):
+    """Published: what lies next to 1, although the loss is lowest at 3."""
+
+    def judge():
+        return Judgement(crps=abs(float(target.x.detach()) - 1), skill_vs_naive=0.0)
+
+    selection = Selection(SelectTable(**{"every": 5, "stride": 1, **table}), judge)
+    return fit(target, phase(steps=60, save_every=7), lambda *_: None, Place(tmp_path, "network"), selection)
+
+
+def test_weights_are_chosen_by_their_forecasts_and_not_by_their_loss(tmp_path):
+    target = Parabola()
+    run = chosen(target, tmp_path, keep=2)
+    lines = [json.loads(line) for line in (tmp_path / "training.log").read_text().splitlines()]
+    judged = {line["step"]: line["crps"] for line in lines if "crps" in line}
+    assert list(judged) == list(range(5, 61, 5))
+    best = min(judged, key=judged.__getitem__)
+    assert best < 60
+    assert abs(float(target.x.detach()) - 1) == judged[best]
+    assert run.steps == 60
+    assert run.notes == (f"the weights of step {best} had the lowest CRPS on val, {judged[best]:.5f}",)
+    assert len(list(tmp_path.glob("network-best-*"))) == 2
+
+
+def test_a_run_without_a_better_forecast_ends_early_and_says_so(tmp_path):
+    target = Parabola()
+    run = chosen(target, tmp_path, patience=3)
+    assert run.steps < 60
+    assert run.notes[0].startswith("no better forecast since step")
+    again = chosen(Parabola(), tmp_path, patience=3)  # gone on with, it is over
+    assert (again.steps, again.loss, again.notes) == (run.steps, run.loss, run.notes)
+
+
+def test_pieces_of_unequal_size_are_refused():
+    with pytest.raises(ValidationError, match="do not make 5 equal pieces"):
+        phase(batch_rows=32, accumulate=5)

@@ -1,5 +1,6 @@
 """Objectives and initialisations, on the real sample candles."""
 
+import copy
 from datetime import date
 
 import numpy as np
@@ -51,6 +52,10 @@ PREDICTOR = {"s1_bits": 4, "s2_bits": 4, "n_layers": 1, "d_model": 32, "n_heads"
 LOG = (100.0, 10.0)
 
 
+def total_loss(objective, batch):
+    return sum(float(part.detach()) for part in objective.loss(batch).values())
+
+
 @pytest.fixture
 def split():
     return split_by_dates(date(2009, 1, 1), date(2010, 6, 1), horizon=16, unseen=["IBM"])
@@ -91,7 +96,7 @@ def test_loss_is_the_likelihood_of_a_slow_loop(toto, samples, split):
     objective = TotoLikelihood(toto, {1: sampler}, transform, 64, np.random.default_rng(0), steps_drawn=16)
     candles = sampler.draw(2, np.random.default_rng(5)).candles
     values = torch.from_numpy(transform.encode(candles, 64).astype(np.float32)).transpose(1, 2)
-    ours = float(objective._loss(values).detach())
+    ours = total_loss(objective, (values, torch.arange(16).expand(2, -1)))
     loc, scale = toto.scale(values[..., :64], torch.ones(2, 1, 64))
     hidden = toto.embed(values[..., :64], torch.ones(2, 1, 64), loc, scale)
     weights, total = (1, 1, 1, 2.0, 0.2), 0.0
@@ -124,14 +129,14 @@ def test_tokenizer_and_predictor_learn(samples, split):
     sampler = WindowSampler(samples, split, 80)
     tokenizer = KronosTokenizer(TokenizerConfig.from_published(TOKENIZER))
     reconstruction = TokenizerReconstruction(tokenizer, sampler, 64, rng)
-    start = float(reconstruction.loss(64).detach())
+    start = total_loss(reconstruction, reconstruction.draw(64))
     run = fit(reconstruction, Phase(steps=60, max_seconds=60, learning_rate=1e-2), lambda done, note: None)
     assert run.loss < 0.6 * start
     predictor = KronosPredictor(PredictorConfig.from_published(PREDICTOR))
     start_with_bits(predictor)
     frozen = {name: tensor.clone() for name, tensor in tokenizer.state_dict().items()}
     objective = NextToken(predictor, tokenizer, sampler, 64, rng)
-    start = float(objective.loss(64).detach())
+    start = total_loss(objective, objective.draw(64))
     run = fit(objective, Phase(steps=60, max_seconds=60, learning_rate=1e-2), lambda done, note: None)
     assert run.loss < 0.9 * start
     assert all(torch.equal(frozen[name], tensor) for name, tensor in tokenizer.state_dict().items())
@@ -142,11 +147,11 @@ def test_targets_inside_the_lookback_count_little(samples, split):
     tokenizer = KronosTokenizer(TokenizerConfig.from_published(TOKENIZER))
     predictor = KronosPredictor(PredictorConfig.from_published(PREDICTOR))
     sampler = WindowSampler(samples, split, 80)
-    losses = [
-        NextToken(predictor, tokenizer, sampler, 64, np.random.default_rng(0), lookback_weight=weight).loss(8)
+    objectives = [
+        NextToken(predictor, tokenizer, sampler, 64, np.random.default_rng(0), lookback_weight=weight)
         for weight in (0.0, 0.05, 1.0)
     ]
-    assert len({round(float(loss.detach()), 6) for loss in losses}) == 3
+    assert len({round(total_loss(objective, objective.draw(8)), 6) for objective in objectives}) == 3
 
 
 @torch.inference_mode()
@@ -164,3 +169,35 @@ def test_teacher_forced_logits_are_those_that_decoding_samples_from():
     prefix = decoder.prefill(Tokens(coarse, fine), stamps, torch.zeros(2, dtype=torch.int64))
     teacher = teacher[:, -1, decoder.coarse_order]  # what is served rises with the decoded close
     np.testing.assert_allclose(decoder.coarse_head(prefix.hidden), teacher, atol=1e-5)
+
+
+def gradients(objective, **fields):
+    fit(objective, Phase(steps=1, learning_rate=1e-9, batch_rows=8, clip=1e9, **fields), lambda *_: None)
+    return torch.cat([p.grad.flatten() for p in objective.parameters()])
+
+
+@pytest.fixture(params=["toto", "kronos"])
+def make_objective(request, toto, samples, split):
+    sampler = WindowSampler(samples, split, 80)
+
+    def make():
+        torch.manual_seed(0)
+        if request.param == "toto":
+            return TotoLikelihood(copy.deepcopy(toto), {1: sampler}, LogScales(*LOG), 64, np.random.default_rng(0))
+        tokenizer = KronosTokenizer(TokenizerConfig.from_published(TOKENIZER))
+        predictor = KronosPredictor(PredictorConfig.from_published(PREDICTOR))
+        return NextToken(predictor, tokenizer, sampler, 64, np.random.default_rng(0))
+
+    return make
+
+
+def test_pieces_add_up_to_the_gradients_of_the_whole_batch(make_objective):
+    whole = gradients(make_objective())
+    torch.testing.assert_close(gradients(make_objective(), accumulate=4), whole, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_in_bfloat16_point_where_those_in_float32_do(make_objective):
+    exact, rounded = (gradients(make_objective(), precision=name) for name in ("float32", "bfloat16"))
+    assert rounded.dtype == torch.float32
+    assert not torch.equal(exact, rounded)
+    assert torch.cosine_similarity(exact, rounded, dim=0) > 0.99

@@ -1,5 +1,6 @@
 """A run that is killed goes on as if nothing had happened, and what is kept of it is always whole."""
 
+import json
 import os
 import signal
 import subprocess
@@ -14,15 +15,17 @@ import torch
 
 from model_store.manifest import WEIGHTS
 from model_store.store import ModelStore
+from models.families import build_forecaster
 from models.kronos.network import KronosPredictor, PredictorConfig
 from models.kronos.tokenizer import KronosTokenizer, TokenizerConfig
 from tests.training.small import small_recipe
+from training.evaluate import evaluate
 from training.loop import Diverged, OutOfMemory, fit
 from training.objectives import NextToken
 from training.recipe import Phase, read_recipe
 from training.resume import Place, read_state, run_folder, write_state
-from training.train import train
-from training.windows import WindowSampler, split_by_dates
+from training.train import prepare, train
+from training.windows import WindowSampler, rolling_origins, split_by_dates
 
 
 def command(recipe: Path, home: Path) -> list[str]:
@@ -32,10 +35,11 @@ def command(recipe: Path, home: Path) -> list[str]:
 
 def test_a_run_killed_midway_ends_with_the_weights_of_one_that_was_not(sample_folder, tmp_path):
     """Bit for bit: killed by a signal that no process can catch, as soon as there is anything to go on from."""
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text(small_recipe("toto", sample_folder, steps=80, decay="0.5\nsave_every = 20"))
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    killed = subprocess.Popen(command(recipe, tmp_path / "killed"), env=environment)
+    path = tmp_path / "recipe.toml"
+    choose = "[select]\nevery = 15\nstride = 200\nkeep = 1\n"
+    path.write_text(small_recipe("toto", sample_folder, choose, steps=80, decay="0.5\nsave_every = 20\nema = 0.9"))
+    recipe = read_recipe(path)
+    killed = subprocess.Popen(command(path, tmp_path / "killed"), env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
         while killed.poll() is None and not list(tmp_path.glob("killed/runs/*/network.safetensors")):
             time.sleep(0.01)
@@ -44,18 +48,29 @@ def test_a_run_killed_midway_ends_with_the_weights_of_one_that_was_not(sample_fo
     assert killed.wait() == -signal.SIGKILL
     (state,) = tmp_path.glob("killed/runs/*/network.safetensors")
     assert len(read_state(state)[0]["losses"]) < 80
-    seen: list[str] = []
-    resumed = train(
-        read_recipe(recipe),
-        ModelStore(tmp_path / "killed" / "store"),
-        lambda what, done, note: seen.append(note) if what.endswith("network") else None,
-        tmp_path / "killed",
-    )
-    whole = train(read_recipe(recipe), ModelStore(tmp_path / "store"), lambda *_: None, tmp_path / "whole")
-    assert resumed.files[WEIGHTS] == whole.files[WEIGHTS]
-    assert resumed.training.steps == whole.training.steps == 80
-    assert not seen[0].startswith("step 1,")
+    manifests, logs = {}, {}
+    for name in ("killed", "whole"):
+        manifests[name] = train(recipe, ModelStore(tmp_path / name / "store"), lambda *_: None, tmp_path / name)
+        (log,) = (tmp_path / name).glob("runs/*/training.log")
+        logs[name] = [json.loads(line) for line in log.read_text().splitlines()]
+    assert manifests["killed"].files[WEIGHTS] == manifests["whole"].files[WEIGHTS]
+    assert manifests["killed"].training.steps == 80
+    assert [line["step"] for line in logs["killed"]] == list(range(1, 81))
+    assert [line["loss"] for line in logs["killed"]] == [line["loss"] for line in logs["whole"]]
     assert not list(tmp_path.glob("*/runs/*/*.safetensors"))  # nothing is left to go on from
+    assert_published_weights_forecast_as_logged(recipe, ModelStore(tmp_path / "whole" / "store"), logs["whole"])
+
+
+def assert_published_weights_forecast_as_logged(recipe, store, log):
+    """Loaded from the store, they have the lowest CRPS on the val part that any weights had in training."""
+    version, prepared = store.load(f"{recipe.name}@candidate"), prepare(recipe)
+    judged = {line["step"]: line["crps"] for line in log if "crps" in line}
+    assert list(judged) == [15, 30, 45, 60, 75, 80]
+    forecaster = build_forecaster("toto", version.config, version.weights)
+    origins = rolling_origins(prepared.series, prepared.split, "val", stride=200, min_context=recipe.context)
+    scores = evaluate(forecaster, prepared.series, origins, lookback=recipe.context)
+    assert scores.crps.mean() == pytest.approx(min(judged.values()), rel=1e-5)
+    assert f"{min(judged.values()):.5f}" in version.manifest.training.notes[0]
 
 
 class Killed(BaseException):
@@ -103,10 +118,13 @@ class Fragile:
     def parameters(self):
         return self.network.parameters()
 
-    def loss(self, rows):
+    def draw(self, rows):
+        return (torch.ones(rows, 1),)
+
+    def loss(self, batch):
         self._left -= 1
-        value = self.network.weight.square().sum()
-        return self._how(value) if self._left < 0 else value
+        value = self.network(batch[0]).square().mean()
+        return {"square": self._how(value) if self._left < 0 else value}
 
     def after_step(self): ...
 
@@ -116,7 +134,7 @@ class Fragile:
     [
         (lambda loss: loss * torch.nan, Diverged, "the loss is nan at step 7: lower the learning rate"),
         (lambda loss: (loss - loss.detach()).sqrt() + 1, Diverged, "its gradient's norm is"),
-        (lambda loss: torch.empty(1 << 58), OutOfMemory, "out of memory at step 7: batch_rows = 32 is too much"),
+        (lambda loss: torch.empty(1 << 58), OutOfMemory, "out of memory at step 7 with batch_rows = 32"),
     ],
     ids=["loss", "gradient", "memory"],
 )
@@ -148,3 +166,20 @@ def test_one_run_has_one_process_and_another_recipe_another_folder(samples, samp
             pass
         with run_folder(tmp_path, other, samples) as elsewhere, run_folder(tmp_path, recipe, samples[:3]) as fewer:
             assert len({folder.path, elsewhere.path, fewer.path}) == 3
+
+
+def test_a_line_of_the_log_cut_short_by_a_kill_is_written_again(tmp_path):
+    place = Place(tmp_path, "predictor")
+    log = place.log(0)
+    Place(tmp_path, "tokenizer").log(0).write({"step": 9, "loss": 1.0})
+    for step in (1, 2, 3):
+        log.write({"step": step, "loss": 1.0})
+    path = tmp_path / "training.log"
+    path.write_text(path.read_text() + '{"phase": "predictor", "st')
+    place.log(2).write({"step": 3, "loss": 2.0})
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["phase"], line["step"]) for line in lines] == [
+        ("tokenizer", 9),
+        *(("predictor", step) for step in (1, 2, 3)),
+    ]
+    assert lines[-1]["loss"] == 2.0

@@ -14,18 +14,18 @@ from models.kronos.forecaster import normalise
 from models.kronos.network import KronosPredictor
 from models.kronos.quantizer import entropy_penalty, quantize
 from models.kronos.tokenizer import KronosTokenizer
-from models.toto.mixture import log_density
 from models.toto.network import TotoNetwork
 from models.toto.transform import Transform
 from training.augment import aggregate, mirror, scale_moves
 from training.initial import frozen_location
 from training.loop import Batch
+from training.losses import Loss, nll
 from training.windows import WindowSampler
 
 
 @dataclass
-class TotoLikelihood:
-    """Negative log-likelihood of every next patch of a window, at `steps_drawn` of its steps per update.
+class NextPatch:
+    """Loss, by default the likelihood, of every next patch of a window, at `steps_drawn` of its steps per update.
 
     Unembedding and head are one linear map, so a step that is not drawn costs nothing.
     """
@@ -35,6 +35,7 @@ class TotoLikelihood:
     transform: Transform
     context: int
     rng: np.random.Generator
+    pointwise: Loss = nll
     steps_drawn: int = 16
     close_weight: float = 2.0
     volume_weight: float = 0.2
@@ -69,8 +70,8 @@ class TotoLikelihood:
         scaled = (targets - loc.unsqueeze(-1)) / scale.unsqueeze(-1)
         variate = torch.ones(len(VARIATES))
         variate[CLOSE], variate[VOLUME] = self.close_weight, self.volume_weight
-        likelihood = log_density(self.network.mixture(projected.float()), scaled).mean((0, 2, 3))
-        return dict(zip(VARIATES, (-likelihood * variate / variate.sum()).unbind(), strict=True))
+        losses = self.pointwise(self.network.mixture(projected.float()), scaled).mean((0, 2, 3))
+        return dict(zip(VARIATES, (losses * variate / variate.sum()).unbind(), strict=True))
 
     def after_step(self) -> None:
         with torch.no_grad():

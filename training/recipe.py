@@ -6,6 +6,8 @@ from typing import Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from training.losses import LossName
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -70,6 +72,7 @@ class Phase(_Strict):
 class ObjectiveTable(_Strict):
     """What the windows of training are."""
 
+    loss: LossName = Field("nll", description="Toto: what the mixture is fitted by.")
     bars: tuple[int, ...] = Field((1,), description="Toto: candles merged into one; each window picks one of them.")
     ahead: int | None = Field(None, gt=0, description="Kronos: candles after the lookback; default: the horizon.")
 

@@ -25,7 +25,8 @@ from training.candle_files import Series
 from training.evaluate import Scores, baselines, evaluate, summary
 from training.initial import damp_residuals, start_at_random_walk, start_with_bits
 from training.loop import Judgement, Objective, Run, Selection, fit
-from training.objectives import NextToken, TokenizerReconstruction, TotoLikelihood
+from training.losses import LOSSES
+from training.objectives import NextPatch, NextToken, TokenizerReconstruction
 from training.packed import pack, pack_folder
 from training.recipe import Recipe
 from training.resume import RunFolder, run_folder
@@ -156,12 +157,13 @@ def _fit_toto(prepared: Prepared, run: RunPhase) -> Trained:
     network = TotoNetwork(TotoConfig.from_published(recipe.network["network"]))
     start_at_random_walk(network)
     length = recipe.context + network.config.patch_size
-    objective = TotoLikelihood(
+    objective = NextPatch(
         network=network,
         samplers={bars: _sampler(prepared, length * bars) for bars in recipe.objective.bars},
         transform=transform_of(recipe.network.get("log_scales")),
         context=recipe.context,
         rng=np.random.default_rng(recipe.seed),
+        pointwise=LOSSES[recipe.objective.loss],
     )
     runs = {"network": run("network", objective, lambda: _tensors(network))}
     return Trained(_tensors(network), runs)

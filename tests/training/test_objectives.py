@@ -16,7 +16,7 @@ from models.toto.transform import LogScales
 from training.evaluate import evaluate, summary
 from training.initial import start_at_random_walk, start_with_bits
 from training.loop import fit
-from training.objectives import NextToken, TokenizerReconstruction, TotoLikelihood, normalised_windows
+from training.objectives import NextPatch, NextToken, TokenizerReconstruction, normalised_windows
 from training.recipe import Phase
 from training.windows import WindowSampler, forecast_input, rolling_origins, series_calendar, split_by_dates
 
@@ -80,7 +80,7 @@ def test_start_is_the_naive_forecast_with_a_spread_that_grows(toto, samples):
 
 def test_training_moves_the_spread_but_never_the_location(toto, samples, split):
     sampler = WindowSampler(samples, split, 128 + 16)
-    objective = TotoLikelihood(toto, {1: sampler}, LogScales(*LOG), 128, np.random.default_rng(0), steps_drawn=8)
+    objective = NextPatch(toto, {1: sampler}, LogScales(*LOG), 128, np.random.default_rng(0), steps_drawn=8)
     phase = Phase(steps=60, max_seconds=60, learning_rate=3e-3)
     origins = rolling_origins(samples, split, "test", stride=40, min_context=128)
     before = summary(evaluate(TotoForecaster(toto, max_context=128, log_scales=LOG), samples, origins, lookback=128))
@@ -93,7 +93,7 @@ def test_training_moves_the_spread_but_never_the_location(toto, samples, split):
 def test_loss_is_the_likelihood_of_a_slow_loop(toto, samples, split):
     sampler = WindowSampler(samples, split, 64 + 16)
     transform = LogScales(*LOG)
-    objective = TotoLikelihood(toto, {1: sampler}, transform, 64, np.random.default_rng(0), steps_drawn=16)
+    objective = NextPatch(toto, {1: sampler}, transform, 64, np.random.default_rng(0), steps_drawn=16)
     candles = sampler.draw(2, np.random.default_rng(5)).candles
     values = torch.from_numpy(transform.encode(candles, 64).astype(np.float32)).transpose(1, 2)
     ours = total_loss(objective, (values, torch.arange(16).expand(2, -1)))
@@ -183,7 +183,7 @@ def make_objective(request, toto, samples, split):
     def make():
         torch.manual_seed(0)
         if request.param == "toto":
-            return TotoLikelihood(copy.deepcopy(toto), {1: sampler}, LogScales(*LOG), 64, np.random.default_rng(0))
+            return NextPatch(copy.deepcopy(toto), {1: sampler}, LogScales(*LOG), 64, np.random.default_rng(0))
         tokenizer = KronosTokenizer(TokenizerConfig.from_published(TOKENIZER))
         predictor = KronosPredictor(PredictorConfig.from_published(PREDICTOR))
         return NextToken(predictor, tokenizer, sampler, 64, np.random.default_rng(0))

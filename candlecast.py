@@ -360,6 +360,7 @@ def train(
     """Train every RECIPE side by side, evaluate it and put the version into the store.
 
     A run that was ended early goes on where it was: with the same recipe and candles, to the same weights.
+    For several processes: torchrun --nproc-per-node 2 -m candlecast train RECIPE
 
     \b
     Example: candlecast train training/recipes/toto-demo.toml
@@ -378,7 +379,10 @@ def train(
     missing = [recipe for recipe in recipes if recipe.name not in there]
     manifests = [store.manifest(name) for name in there]
     if missing:
-        manifests += train_all(missing, store_root, home, restart=restart, quiet=as_json)
+        leads = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
+        manifests += train_all(missing, store_root, home, restart=restart, quiet=as_json or not leads)
+        if not leads:
+            return
     for manifest in manifests:
         notes = manifest.training.notes if manifest.training else ()
         _print_version(manifest, as_json, [*notes, *(verdict(evaluation) for evaluation in manifest.evaluations)])

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from training import processes
 from training.recipe import Phase, SelectTable
 from training.resume import Place, read_state, write_state
 
@@ -98,15 +99,17 @@ def fit(
     After `phase.max_seconds` the rate falls to its floor within a tenth of the steps taken so far, and the run ends.
     State and training.log are kept at `place`; a state that is there already is gone on from, to the very weights of a
     run that was never killed. With a `selection`, which needs a place, the network ends with the best weights judged.
-    Diverged and OutOfMemory say which state is the last good one.
+    Diverged and OutOfMemory say which state is the last good one. Where there are several processes, all of them
+    call this; each takes its share of every batch, and all end with the same weights.
     """
     fitting = _Fitting(objective, phase)
     if place and place.state.exists():
         fitting.restore(*read_state(place.state))
     schedule, losses = fitting.schedule, fitting.losses
-    log = place.log(len(losses)) if place else None
+    leads = processes.rank() == 0
+    log = place.log(len(losses)) if place and leads else None
     while (step := len(losses)) < schedule.steps:
-        if phase.max_seconds and fitting.seconds() > phase.max_seconds:
+        if phase.max_seconds and processes.agreed(fitting.seconds())[0] > phase.max_seconds:
             schedule.wind_down(step)
         try:
             facts = fitting.update(schedule.rate(step))
@@ -116,11 +119,12 @@ def fit(
             facts |= fitting.judge(place, selection)._asdict()
         if log:
             log.write(facts)
-        if place and _due(len(losses), phase.save_every, schedule):
+        if place and leads and _due(len(losses), phase.save_every, schedule):
             write_state(place.state, fitting.tensors(), fitting.facts())
             place.keep_best(fitting.best)
         report(len(losses) / schedule.steps, f"step {len(losses)}, loss {_tail_mean(losses):.4f}")
     notes = tuple(note for note in (schedule.note, fitting.finish(place)) if note)
+    processes.wait()  # or the first would be gone, and its files, before the last has read them
     report(1.0, f"{len(losses)} steps, loss {_tail_mean(losses):.4f}")
     return Run(len(losses), fitting.seconds(), _tail_mean(losses), notes)
 
@@ -152,6 +156,8 @@ class _Fitting:
         self._optimiser = torch.optim.AdamW(
             self._parameters, lr=phase.learning_rate, betas=phase.betas, weight_decay=phase.weight_decay
         )
+        if phase.batch_rows % (phase.accumulate * processes.count()):
+            raise ValueError(f"{phase.batch_rows} rows do not make equal pieces for {processes.count()} processes")
         self._average = [p.detach().clone() for p in self._parameters] if phase.ema else []
         self._judged: list[tuple[Judgement, int]] = []
         self._started = time.monotonic()
@@ -187,17 +193,24 @@ class _Fitting:
         }
 
     def _gradients(self) -> dict[str, float]:
-        """Leave the gradients of one batch, taken piece by piece, with the parameters; its mean loss by part."""
+        """Leave the gradients of one batch, taken piece by piece, with the parameters; its mean loss by part.
+
+        Every process draws the whole batch, so that all generators stay where they would be with one.
+        """
         batch = self._objective.draw(self._phase.batch_rows)
-        pieces = zip(*(tensor.chunk(self._phase.accumulate) for tensor in batch), strict=True)
+        several = self._phase.accumulate * processes.count()
+        pieces = list(zip(*(tensor.chunk(several) for tensor in batch), strict=True))
         totals: dict[str, float] = defaultdict(float)
-        for piece in pieces:
+        for piece in pieces[processes.rank() :: processes.count()]:
             with torch.autocast(self._device, torch.bfloat16, enabled=self._phase.precision == "bfloat16"):
                 parts = self._objective.loss(piece)
-            (torch.stack(list(parts.values())).sum() / self._phase.accumulate).backward()
+            (torch.stack(list(parts.values())).sum() / several).backward()
             for name, part in parts.items():
-                totals[name] += part.item() / self._phase.accumulate
-        return dict(totals)
+                totals[name] += part.item() / several
+        shares = torch.tensor(list(totals.values()), dtype=torch.float64)
+        processes.add_up([shares])
+        processes.add_up([p.grad for p in self._parameters if p.grad is not None])
+        return dict(zip(totals, shares.tolist(), strict=True))
 
     def _follow(self) -> None:
         """Move the average towards the weights, faster while it is young."""
@@ -210,11 +223,13 @@ class _Fitting:
         """Judge the weights as they would be published, keep them if they are among the best, end what is stale."""
         step, table = len(self.losses), selection.table
         with self._averaged():
-            judgement = selection.judge()
+            own = selection.judge() if processes.rank() == 0 else Judgement(0, 0)
+            judgement = Judgement(*processes.agreed(*own))
             self._judged.append((judgement, step))
             self.best = [at for _, at in sorted(self._judged)[: table.keep]]
-            if step in self.best:
+            if step in self.best and processes.rank() == 0:
                 write_state(place.best(step), self._objective.network.state_dict(), {})
+        processes.wait()
         stale = sum(at > self.best[0] for _, at in self._judged)
         if stale >= (table.patience or math.inf) and step < self.schedule.steps:
             self.schedule.stop(step, f"no better forecast since step {self.best[0]}")

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 
 from model_store.manifest import Manifest
 from model_store.store import ModelStore
+from training import processes
 from training.recipe import Recipe
 from training.train import Track, train
 
@@ -45,6 +46,8 @@ def train_all(
 
     Parsed candles and the state of unfinished runs stay in `home`; runs go on from it unless they are to `restart`.
     """
+    if len(recipes) > 1 and processes.started() > 1:
+        raise ValueError("under torchrun, train one recipe at a time")
     with bars(quiet=quiet) as track:
         if len(recipes) == 1:
             return [train(recipes[0], ModelStore(store_root), track, home, restart=restart)]

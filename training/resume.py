@@ -16,6 +16,7 @@ from torch import Tensor
 
 from model_store.files import sync_directory, write_synced
 from model_store.manifest import canonical_json
+from training import processes
 from training.candle_files import Series, digest
 from training.recipe import Recipe
 
@@ -81,8 +82,10 @@ class RunFolder:
 
     def clear(self) -> None:
         """Forget where the run stands, but not what it logged: the next one starts at the beginning."""
-        for path in self.path.glob("*.safetensors"):
-            path.unlink()
+        if processes.rank() == 0:
+            for path in self.path.glob("*.safetensors"):
+                path.unlink()
+        processes.wait()
 
 
 @contextmanager
@@ -91,6 +94,9 @@ def run_folder(runs: Path, recipe: Recipe, series: Sequence[Series]) -> Iterator
     content = {"recipe": recipe.model_dump(mode="json"), "data": digest(series)}
     path = runs / f"{recipe.name}-{sha256(canonical_json(content)).hexdigest()[:12]}"
     path.mkdir(parents=True, exist_ok=True)
+    if processes.rank():  # the first process holds it for all
+        yield RunFolder(path)
+        return
     with open(path / ".lock", "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

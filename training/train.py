@@ -20,7 +20,7 @@ from models.kronos.network import KronosPredictor, PredictorConfig
 from models.kronos.tokenizer import KronosTokenizer, TokenizerConfig
 from models.toto.network import TotoConfig, TotoNetwork
 from models.toto.transform import transform_of
-from training import candle_files
+from training import candle_files, processes
 from training.candle_files import Series
 from training.evaluate import Scores, baselines, evaluate, summary
 from training.initial import damp_residuals, start_at_random_walk, start_with_bits
@@ -73,8 +73,14 @@ class Prepared:
 def train(recipe: Recipe, store: ModelStore, track: Track, home: Path, *, restart: bool = False) -> Manifest:
     """Fit, evaluate and publish a recipe; the version becomes `candidate`, and `production` where there is none.
 
-    A run that was killed goes on, unless it is to `restart`: where it stands is kept under `home`.
+    A run that was killed goes on, unless it is to `restart`: where it stands is kept under `home`. Processes that
+    torchrun started share the work, and `home` and `store`; the first of them evaluates and publishes.
     """
+    with processes.together():
+        return _train(recipe, store, track, home, restart)
+
+
+def _train(recipe: Recipe, store: ModelStore, track: Track, home: Path, restart: bool) -> Manifest:
     prepared = prepare(recipe, home / "cache")
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
@@ -97,13 +103,20 @@ def _fit_and_publish(prepared: Prepared, store: ModelStore, track: Track, folder
         return fit(objective, recipe.phases[phase], report, folder.place(phase), selection)
 
     trained = _FITTERS[recipe.family](prepared, run)
+    if processes.rank() == 0:
+        _publish_candidate(prepared, trained, store, track)
+    processes.wait()
+    return store.manifest(f"{recipe.name}@{CANDIDATE}")
+
+
+def _publish_candidate(prepared: Prepared, trained: Trained, store: ModelStore, track: Track) -> None:
+    recipe = prepared.recipe
     forecaster = build_forecaster(recipe.family, recipe.network, trained.weights)
     scores = {part: score(forecaster, prepared, part, track) for part in prepared.origins}
     manifest = publish(prepared, trained, forecaster, scores, store)
     store.set_alias(manifest.model, CANDIDATE, manifest.version)
     if PRODUCTION not in store.aliases(manifest.model):
         store.promote(f"{manifest.model}@{manifest.version}")
-    return manifest
 
 
 def prepare(recipe: Recipe, cache: Path | None = None) -> Prepared:

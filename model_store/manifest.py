@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 SCHEMA_VERSION: Final = 1
 MANIFEST, CONFIG, WEIGHTS, RUNTIMES = "manifest.json", "config.json", "weights.safetensors", "runtimes"
+ADAPTER = "adapter.safetensors"  # of low rank, as it was trained; the weights have it added in
 
 
 class _Strict(BaseModel):

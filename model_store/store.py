@@ -30,7 +30,17 @@ from model_store.files import (
     write_directory,
     write_synced,
 )
-from model_store.manifest import CONFIG, MANIFEST, RUNTIMES, WEIGHTS, Evaluation, Manifest, canonical_json, version_of
+from model_store.manifest import (
+    ADAPTER,
+    CONFIG,
+    MANIFEST,
+    RUNTIMES,
+    WEIGHTS,
+    Evaluation,
+    Manifest,
+    canonical_json,
+    version_of,
+)
 
 CANDIDATE, PRODUCTION, PREVIOUS = "candidate", "production", "previous"
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -51,6 +61,7 @@ class LoadedVersion:
     manifest: Manifest
     config: Mapping[str, Any]
     weights: Mapping[str, torch.Tensor]
+    adapter: Mapping[str, torch.Tensor]  # what the weights have added in; mostly there is none
 
 
 class ModelStore:
@@ -112,7 +123,8 @@ class ModelStore:
         files = self._read_files(manifest)
         config = json.loads(files[CONFIG])
         weights = load_tensors(bytes(files[WEIGHTS])) if WEIGHTS in files else {}
-        return LoadedVersion(manifest, config, weights)
+        adapter = load_tensors(bytes(files[ADAPTER])) if ADAPTER in files else {}
+        return LoadedVersion(manifest, config, weights, adapter)
 
     def find(self, model: str, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> Manifest | None:
         """The newest version of `model` with this very config and these very tensors."""
@@ -127,13 +139,17 @@ class ModelStore:
     # -- writing ---------------------------------------------------------------------------------
 
     def put(
-        self, manifest: Mapping[str, Any], config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]
+        self,
+        manifest: Mapping[str, Any],
+        config: Mapping[str, Any],
+        weights: Mapping[str, torch.Tensor],
+        adapter: Mapping[str, torch.Tensor] | None = None,
     ) -> Manifest:
         """Store a version whole or not at all and return its completed manifest.
 
         `manifest` holds the fields of Manifest but `version` and `files`. An equal version is kept as it is.
         """
-        contents = _serialise(config, weights)
+        contents = _serialise(config, weights, adapter)
         draft = Manifest.model_validate({**manifest, "files": entries_of(contents)})
         complete = draft.model_copy(update={"version": draft.digest()})
         target = self._home(complete.model) / complete.version
@@ -237,10 +253,15 @@ class ModelStore:
             yield
 
 
-def _serialise(config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> dict[str, bytes]:
+def _serialise(
+    config: Mapping[str, Any],
+    weights: Mapping[str, torch.Tensor],
+    adapter: Mapping[str, torch.Tensor] | None = None,
+) -> dict[str, bytes]:
     contents = {CONFIG: canonical_json(config)}
-    if weights:
-        contents[WEIGHTS] = save_tensors({name: weights[name].contiguous() for name in sorted(weights)})
+    for name, tensors in ((WEIGHTS, weights), (ADAPTER, adapter)):
+        if tensors:
+            contents[name] = save_tensors({key: tensors[key].contiguous() for key in sorted(tensors)})
     return contents
 
 

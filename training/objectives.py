@@ -36,12 +36,14 @@ class NextPatch:
     context: int
     rng: np.random.Generator
     pointwise: Loss = nll
+    holds_location: bool = True  # as the random walk has it
     steps_drawn: int = 16
     close_weight: float = 2.0
     volume_weight: float = 0.2
 
     def __post_init__(self) -> None:
-        self._frozen = [(p, p.detach().clone(), mask) for p, mask in frozen_location(self.network)]
+        held = frozen_location(self.network) if self.holds_location else []
+        self._frozen = [(p, p.detach().clone(), mask) for p, mask in held]
 
     def parameters(self) -> Iterable[nn.Parameter]:
         return self.network.parameters()

@@ -7,6 +7,7 @@ from typing import Any, Final, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from training.losses import LossName
+from training.tuning import TuneTable
 
 
 class _Strict(BaseModel):
@@ -123,7 +124,8 @@ class Recipe(_Strict):
     horizon: int = Field(gt=0)
     data: DataTable
     split: dict[str, Any] = {}
-    network: dict[str, Any] = Field(description="config.json of the version, as its family stores it.")
+    network: dict[str, Any] = Field({}, description="config.json of the version, as its family stores it.")
+    tune: TuneTable | None = Field(None, description="In the network's place; by default training starts from scratch.")
     phases: dict[str, Phase]
     objective: ObjectiveTable = ObjectiveTable()
     select: SelectTable | None = Field(None, description="By default the last weights are published.")
@@ -132,8 +134,15 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _phases_of_the_family(self) -> Self:
-        if set(self.phases) != _PHASES[self.family]:
+        without_tokenizer = self.tune is not None and set(self.phases) == _PHASES[self.family] - {"tokenizer"}
+        if set(self.phases) != _PHASES[self.family] and not without_tokenizer:
             raise ValueError(f"{self.family} has the phases {sorted(_PHASES[self.family])}, not {sorted(self.phases)}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Self:
+        if bool(self.network) == bool(self.tune):
+            raise ValueError("give network, to train from scratch, or tune, to go on from a version in the store")
         return self
 
     @model_validator(mode="after")

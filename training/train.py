@@ -2,7 +2,7 @@
 
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from model_store.manifest import Evaluation, Manifest, ModelLimits, Origin, TrainingRecord
-from model_store.store import CANDIDATE, PRODUCTION, ModelStore
+from model_store.store import CANDIDATE, PRODUCTION, LoadedVersion, ModelStore
 from models.families import build_forecaster
 from models.forecaster import Forecaster, served_sampling
 from models.kronos.network import KronosPredictor, PredictorConfig
 from models.kronos.tokenizer import KronosTokenizer, TokenizerConfig
+from models.layers import load_strictly
 from models.toto.network import TotoConfig, TotoNetwork
 from models.toto.transform import transform_of
 from training import candle_files, processes
@@ -30,6 +31,7 @@ from training.objectives import NextPatch, NextToken, TokenizerReconstruction
 from training.packed import pack, pack_folder
 from training.recipe import Recipe
 from training.resume import RunFolder, run_folder
+from training.tuning import adapter_of, merged, open_up
 from training.windows import (
     Origins,
     Part,
@@ -57,6 +59,7 @@ class Trained:
 
     weights: Weights
     runs: dict[str, Run]
+    adapter: Weights = field(default_factory=dict)  # what the weights have added in, if there is any
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Prepared:
     split: Split
     origins: Mapping[Part, Origins]  # of the evaluation that is published
     choosing: Origins | None  # of the val part, among weights
+    base: LoadedVersion | None = None  # what training starts from, unless from scratch
 
 
 def train(recipe: Recipe, store: ModelStore, track: Track, home: Path, *, restart: bool = False) -> Manifest:
@@ -81,7 +85,9 @@ def train(recipe: Recipe, store: ModelStore, track: Track, home: Path, *, restar
 
 
 def _train(recipe: Recipe, store: ModelStore, track: Track, home: Path, restart: bool) -> Manifest:
-    prepared = prepare(recipe, home / "cache")
+    base = store.load(recipe.tune.base) if recipe.tune else None
+    recipe = _based(recipe, base) if base else recipe
+    prepared = replace(prepare(recipe, home / "cache"), base=base)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     with run_folder(home / "runs", recipe, prepared.series) as folder:
@@ -90,6 +96,19 @@ def _train(recipe: Recipe, store: ModelStore, track: Track, home: Path, restart:
         manifest = _fit_and_publish(prepared, store, track, folder)
         folder.clear()
     return manifest
+
+
+def _based(recipe: Recipe, base: LoadedVersion) -> Recipe:
+    """The recipe with the network of `base`, named by its version; ValueError if it cannot do what is asked."""
+    manifest, limits = base.manifest, base.manifest.limits
+    name = f"{manifest.model}@{manifest.version}"
+    if manifest.family != recipe.family:
+        raise ValueError(f"{name} is of the family {manifest.family}, not {recipe.family}")
+    if recipe.context > limits.max_context or recipe.horizon > limits.max_horizon:
+        raise ValueError(f"{name} takes {limits.max_context} candles and {limits.max_horizon} steps at most")
+    assert recipe.tune is not None
+    tune = recipe.tune.model_copy(update={"base": name})
+    return recipe.model_copy(update={"network": dict(base.config), "tune": tune})
 
 
 def _fit_and_publish(prepared: Prepared, store: ModelStore, track: Track, folder: RunFolder) -> Manifest:
@@ -168,7 +187,11 @@ def _fit_toto(prepared: Prepared, run: RunPhase) -> Trained:
     recipe = prepared.recipe
     torch.manual_seed(recipe.seed)
     network = TotoNetwork(TotoConfig.from_published(recipe.network["network"]))
-    start_at_random_walk(network)
+    if prepared.base and recipe.tune:
+        load_strictly(network, prepared.base.weights, "Toto")
+        open_up(network, "toto", recipe.tune)
+    else:
+        start_at_random_walk(network)
     length = recipe.context + network.config.patch_size
     objective = NextPatch(
         network=network,
@@ -177,9 +200,10 @@ def _fit_toto(prepared: Prepared, run: RunPhase) -> Trained:
         context=recipe.context,
         rng=np.random.default_rng(recipe.seed),
         pointwise=LOSSES[recipe.objective.loss],
+        holds_location=prepared.base is None,
     )
-    runs = {"network": run("network", objective, lambda: _tensors(network))}
-    return Trained(_tensors(network), runs)
+    runs = {"network": run("network", objective, lambda: merged(network))}
+    return Trained(merged(network), runs, adapter_of(network))
 
 
 def _fit_kronos(prepared: Prepared, run: RunPhase) -> Trained:
@@ -188,16 +212,23 @@ def _fit_kronos(prepared: Prepared, run: RunPhase) -> Trained:
     rng = np.random.default_rng(recipe.seed)
     sampler = _sampler(prepared, recipe.context + (recipe.objective.ahead or recipe.horizon))
     tokenizer = KronosTokenizer(TokenizerConfig.from_published(recipe.network["tokenizer"]))
-    for blocks in (tokenizer.encoder, tokenizer.decoder):
-        damp_residuals(blocks, 0.1)
-    reconstruction = TokenizerReconstruction(tokenizer, sampler, recipe.context, rng)
-    runs = {"tokenizer": run("tokenizer", reconstruction)}
     predictor = KronosPredictor(PredictorConfig.from_published(recipe.network["predictor"]))
-    start_with_bits(predictor)
-    next_token = NextToken(predictor, tokenizer, sampler, recipe.context, rng)
     both = torch.nn.ModuleDict({"tokenizer": tokenizer, "predictor": predictor})
-    runs["predictor"] = run("predictor", next_token, lambda: _tensors(both))
-    return Trained(_tensors(both), runs)
+    if prepared.base:
+        load_strictly(both, prepared.base.weights, "Kronos")
+    else:
+        for blocks in (tokenizer.encoder, tokenizer.decoder):
+            damp_residuals(blocks, 0.1)
+    runs = {}
+    if "tokenizer" in recipe.phases:
+        runs["tokenizer"] = run("tokenizer", TokenizerReconstruction(tokenizer, sampler, recipe.context, rng))
+    if recipe.tune:
+        open_up(predictor, "kronos", recipe.tune)
+    else:
+        start_with_bits(predictor)
+    next_token = NextToken(predictor, tokenizer, sampler, recipe.context, rng)
+    runs["predictor"] = run("predictor", next_token, lambda: merged(both))
+    return Trained(merged(both), runs, adapter_of(both))
 
 
 _FITTERS: Mapping[str, Callable[[Prepared, RunPhase], Trained]] = {
@@ -208,10 +239,6 @@ _FITTERS: Mapping[str, Callable[[Prepared, RunPhase], Trained]] = {
 
 def _sampler(prepared: Prepared, length: int) -> WindowSampler:
     return WindowSampler(prepared.series, prepared.split, length, calendar=prepared.recipe.data.calendar)
-
-
-def _tensors(network: torch.nn.Module) -> Weights:
-    return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
 
 
 # -- judging and publishing ------------------------------------------------------------------------
@@ -267,7 +294,7 @@ def publish(
     fields: dict[str, Any] = {
         "model": recipe.name,
         "family": recipe.family,
-        "origin": Origin(kind="trained", source=f"{recipe.name}.toml", licence="Apache-2.0"),
+        "origin": _origin(prepared),
         "limits": ModelLimits(
             min_context=limits.min_context,
             max_context=limits.max_context,
@@ -281,7 +308,15 @@ def publish(
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "code_revision": _revision(),
     }
-    return store.put(fields, recipe.network, trained.weights)
+    return store.put(fields, recipe.network, trained.weights, trained.adapter)
+
+
+def _origin(prepared: Prepared) -> Origin:
+    """Weights that others' weights were tuned to keep their licence."""
+    source, base = f"{prepared.recipe.name}.toml", prepared.base
+    if base is None:
+        return Origin(kind="trained", source=source, licence="Apache-2.0")
+    return Origin(kind="trained", source=source, revision=base.manifest.version, licence=base.manifest.origin.licence)
 
 
 def _serving(recipe: Recipe) -> dict[str, Any]:

@@ -223,7 +223,7 @@ class Metrics:
     def _evaluator(self, to: CollectorRegistry) -> None:
         self.evaluator_success = Gauge(
             "candlecast_evaluator_last_success_timestamp_seconds",
-            "When what candles have scored was last in the standings, as far as it had been announced.",
+            "When what candles have scored was last in the standings, as far as it had been announced; or the start.",
             registry=to,
         )
         self.evaluator_seconds = Gauge(

@@ -109,7 +109,8 @@ class Evaluator:
         self._progress = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._stopped = False
-        metrics.evaluator_success.set_function(lambda: self.last_success)
+        started = time.time()  # or the scores of a process that has just started would be half a century old
+        metrics.evaluator_success.set_function(lambda: self.last_success or started)
 
     def start(self) -> None:
         """Evaluate everything, then whatever is touched."""

@@ -1,12 +1,15 @@
 """Series of single symbols: of whom, of how many, and for how long."""
 
 import asyncio
+import time
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from service.app import FastAPI
+from service.app import FastAPI, build_services
+from service.settings import Settings
 
 pytestmark = pytest.mark.anyio
 
@@ -88,3 +91,12 @@ async def test_beyond_the_cap_symbols_count_in_their_model_alone(running: Any, r
         assert found["candlecast_symbol_mae_log_return"].keys() == {"AAA", "BBB"}
         assert found["candlecast_evaluator_symbols_omitted"] == {None: 2}
         assert found["candlecast_model_symbols"] == {None: 4}
+
+
+def test_scores_are_no_older_than_the_process(tmp_path: Path) -> None:
+    """Or each start would look like a standstill of half a century."""
+    started = time.time()
+    parts = build_services(Settings(home=tmp_path, store_root=tmp_path))
+    known = parts.metrics.registry.get_sample_value("candlecast_evaluator_last_success_timestamp_seconds")
+    assert known is not None
+    assert known >= started

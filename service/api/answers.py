@@ -70,7 +70,7 @@ class Asked:
             return math.inf
         changes = [self.series.next_close] if self.series.next_close is not None else []
         if self.series.source == "history":
-            changes.append(stale_from(self.series))
+            changes.append(stale_from(self.series.calendar, self.series.interval, self.series.timestamps))
         return min((instant for instant in changes if instant > self.issued_at), default=math.inf)
 
     @cached_property
@@ -264,7 +264,8 @@ def reasons_not_to_act(
     """
     evaluation = model.manifest.evaluation("test")
     reasons = []
-    if series.source == "history" and stale_from(series) <= knowledge:
+    stale = series.source == "history" and stale_from(series.calendar, series.interval, series.timestamps) <= knowledge
+    if stale:
         reasons.append("stale_history")
     if standing and standing.recent.low is not None:
         if standing.recent.is_worse_than_naive:

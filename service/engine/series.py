@@ -92,10 +92,10 @@ def closed_by(series: Series, instant: int) -> Series:
     )
 
 
-def stale_from(series: Series, intervals: int = 3) -> int:
+def stale_from(calendar: Calendar, interval: str, timestamps: Millis, intervals: int = 3) -> int:
     """The instant from which so many further candles have closed since the last one that a forecast is of the past."""
     try:
-        later = series.calendar.following(series.timestamps, series.interval, intervals)
-        return int(series.calendar.closes(later[-1:], series.interval)[0]) + 1
+        later = calendar.following(timestamps, interval, intervals)
+        return int(calendar.closes(later[-1:], interval)[0]) + 1
     except InvalidCandles:  # the calendar ends here
         return 0

@@ -18,7 +18,6 @@ from models.calendars import UnknownCalendar, get_calendar
 from models.candles import InvalidCandles, interval_ms
 from models.scoring import block_length, group_of
 from service.engine.history import History, HistoryUnavailable, StoredSeries
-from service.engine.series import Series as Candles
 from service.engine.series import stale_from
 from service.metrics import Metrics
 from service.score.auto import NAIVE, chosen
@@ -332,10 +331,9 @@ def _freshness(stored: Sequence[StoredSeries]) -> dict[Series, Freshness]:
     found = {}
     for each in stored:
         with contextlib.suppress(UnknownCalendar, InvalidCandles, LookupError):
-            last = np.array([each.last], dtype=np.int64)
-            calendar = get_calendar(each.calendar)
-            candles = Candles(each.symbol, each.interval, calendar, last, np.empty((1, 6)), "history")
-            found[each.symbol, each.interval] = Freshness(candles.as_of, stale_from(candles))
+            last, calendar = np.array([each.last], dtype=np.int64), get_calendar(each.calendar)
+            closed = int(calendar.closes(last, each.interval)[0])
+            found[each.symbol, each.interval] = Freshness(closed, stale_from(calendar, each.interval, last))
     return found
 
 

@@ -3,7 +3,7 @@
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
@@ -17,7 +17,6 @@ from torch import Tensor
 from model_store.files import sync_directory, write_synced
 from model_store.manifest import canonical_json
 from training import processes
-from training.candle_files import Series, digest
 from training.recipe import Recipe
 
 _FACTS: Final = "facts"  # the JSON in a file's header
@@ -89,9 +88,9 @@ class RunFolder:
 
 
 @contextmanager
-def run_folder(runs: Path, recipe: Recipe, series: Sequence[Series]) -> Iterator[RunFolder]:
+def run_folder(runs: Path, recipe: Recipe, data_digest: str) -> Iterator[RunFolder]:
     """The folder under `runs` of this very recipe on these very candles; RuntimeError while another process has it."""
-    content = {"recipe": recipe.model_dump(mode="json"), "data": digest(series)}
+    content = {"recipe": recipe.model_dump(mode="json"), "data": data_digest}
     path = runs / f"{recipe.name}-{sha256(canonical_json(content)).hexdigest()[:12]}"
     path.mkdir(parents=True, exist_ok=True)
     if processes.rank():  # the first process holds it for all

@@ -4,7 +4,7 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,8 +21,8 @@ from models.kronos.tokenizer import KronosTokenizer, TokenizerConfig
 from models.layers import load_strictly
 from models.toto.network import TotoConfig, TotoNetwork
 from models.toto.transform import transform_of
-from training import candle_files, processes
-from training.candle_files import Series
+from training import processes
+from training.candle_files import Series, digest
 from training.evaluate import Scores, baselines, evaluate, summary
 from training.initial import damp_residuals, start_at_random_walk, start_with_bits
 from training.loop import Judgement, Objective, Run, Selection, fit
@@ -73,6 +73,11 @@ class Prepared:
     choosing: Origins | None  # of the val part, among weights
     base: LoadedVersion | None = None  # what training starts from, unless from scratch
 
+    @cached_property
+    def data_digest(self) -> str:
+        """Of all candles: hashing them is the one thing that reads every page of them."""
+        return digest(self.series)
+
 
 def train(recipe: Recipe, store: ModelStore, track: Track, home: Path, *, restart: bool = False) -> Manifest:
     """Fit, evaluate and publish a recipe; the version becomes `candidate`, and `production` where there is none.
@@ -90,7 +95,7 @@ def _train(recipe: Recipe, store: ModelStore, track: Track, home: Path, restart:
     prepared = replace(prepare(recipe, home / "cache"), base=base)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    with run_folder(home / "runs", recipe, prepared.series) as folder:
+    with run_folder(home / "runs", recipe, prepared.data_digest) as folder:
         if restart:
             folder.clear()
         manifest = _fit_and_publish(prepared, store, track, folder)
@@ -329,7 +334,7 @@ def _record(prepared: Prepared, trained: Trained) -> TrainingRecord:
     fitted = [(item.symbol, span) for item, span in zip(prepared.series, spans, strict=True) if len(span)]
     return TrainingRecord(
         recipe=recipe.model_dump(mode="json"),
-        data_digest=candle_files.digest(prepared.series),
+        data_digest=prepared.data_digest,
         symbols=tuple(symbol for symbol, _ in fitted),
         interval=recipe.data.interval,
         start=_date(min(int(span[0]) for _, span in fitted)),

@@ -19,6 +19,7 @@ from models.families import build_forecaster
 from models.kronos.network import KronosPredictor, PredictorConfig
 from models.kronos.tokenizer import KronosTokenizer, TokenizerConfig
 from tests.training.small import small_recipe
+from training.candle_files import digest
 from training.evaluate import evaluate
 from training.loop import Diverged, OutOfMemory, fit
 from training.objectives import NextToken
@@ -161,10 +162,11 @@ def test_one_run_has_one_process_and_another_recipe_another_folder(samples, samp
     path.write_text(small_recipe("toto", sample_folder))
     recipe = read_recipe(path)
     other = recipe.model_copy(update={"seed": 1})
-    with run_folder(tmp_path, recipe, samples) as folder:
-        with pytest.raises(RuntimeError, match="by another process"), run_folder(tmp_path, recipe, samples):
+    whole, part = digest(samples), digest(samples[:3])
+    with run_folder(tmp_path, recipe, whole) as folder:
+        with pytest.raises(RuntimeError, match="by another process"), run_folder(tmp_path, recipe, whole):
             pass
-        with run_folder(tmp_path, other, samples) as elsewhere, run_folder(tmp_path, recipe, samples[:3]) as fewer:
+        with run_folder(tmp_path, other, whole) as elsewhere, run_folder(tmp_path, recipe, part) as fewer:
             assert len({folder.path, elsewhere.path, fewer.path}) == 3
 
 

@@ -121,7 +121,8 @@ def fit(
             log.write(facts)
         if place and leads and _due(len(losses), phase.save_every, schedule):
             write_state(place.state, fitting.tensors(), fitting.facts())
-            place.keep_best(fitting.best)
+            if selection:
+                place.keep_best(fitting.best(selection.table.keep))
         report(len(losses) / schedule.steps, f"step {len(losses)}, loss {_tail_mean(losses):.4f}")
     notes = tuple(note for note in (schedule.note, fitting.finish(place)) if note)
     processes.wait()  # or the first would be gone, and its files, before the last has read them
@@ -148,7 +149,6 @@ class _Fitting:
 
     def __init__(self, objective: Objective, phase: Phase) -> None:
         self.losses: list[float] = []
-        self.best: list[int] = []  # steps after which the weights forecast best, the very best first
         self.schedule = Schedule(phase)
         self._objective, self._phase = objective, phase
         self._device = next(iter(objective.parameters())).device.type
@@ -226,14 +226,18 @@ class _Fitting:
             own = selection.judge() if processes.rank() == 0 else Judgement(0, 0)
             judgement = Judgement(*processes.agreed(*own))
             self._judged.append((judgement, step))
-            self.best = [at for _, at in sorted(self._judged)[: table.keep]]
-            if step in self.best and processes.rank() == 0:
+            best = self.best(table.keep)
+            if step in best and processes.rank() == 0:
                 write_state(place.best(step), self._objective.network.state_dict(), {})
         processes.wait()
-        stale = sum(at > self.best[0] for _, at in self._judged)
+        stale = sum(at > best[0] for _, at in self._judged)
         if stale >= (table.patience or math.inf) and step < self.schedule.steps:
-            self.schedule.stop(step, f"no better forecast since step {self.best[0]}")
+            self.schedule.stop(step, f"no better forecast since step {best[0]}")
         return judgement
+
+    def best(self, count: int) -> list[int]:
+        """The steps after which the weights forecast best, at most `count`, the very best first."""
+        return [step for _, step in sorted(self._judged)[:count]]
 
     def finish(self, place: Place | None) -> str | None:
         """Leave with the network the weights to publish; which ones, if there was a choice."""
@@ -278,7 +282,6 @@ class _Fitting:
             "schedule": self.schedule.facts(),
             "rng": rng,
             "judged": judged,
-            "best": self.best,
         }
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -294,7 +297,6 @@ class _Fitting:
         for index, tensor in _under("average/", tensors).items():
             self._average[int(index)].copy_(tensor)
         self.schedule.restore(facts["schedule"])
-        self.best = facts["best"]
         self._judged = [(Judgement(crps, skill), step) for crps, skill, step in facts["judged"]]
         self._started -= facts["seconds"]
         self._objective.rng.bit_generator.state = facts["rng"]

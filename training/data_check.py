@@ -13,7 +13,7 @@ from rich.table import Table
 from models.candles import CLOSE, DAY_MS, InvalidCandles, interval_ms
 from training.candle_files import CandleFileError, FileReport, Series, candle_paths, read_all
 from training.splits import suspected_splits
-from training.windows import Split, series_calendar, split_from_recipe
+from training.windows import Split, day, series_calendar, split_from_recipe
 
 _FRACTIONS: Final = (0.7, 0.15)  # train and val, where no dates are given
 _TOLD: Final = 3  # suspected splits by date; the rest are counted
@@ -160,10 +160,9 @@ def _of_prices(item: Series) -> Iterator[str]:
 
 
 def _time(millis: int | np.int64, interval: str = "1m") -> str:
-    moment = np.datetime64(int(millis), "ms")
-    return (
-        str(moment.astype("datetime64[D]")) if interval_ms(interval) >= DAY_MS else f"{moment.astype('datetime64[m]')}Z"
-    )
+    if interval_ms(interval) >= DAY_MS:
+        return day(int(millis))
+    return f"{np.datetime64(int(millis), 'ms').astype('datetime64[m]')}Z"
 
 
 # -- output ----------------------------------------------------------------------------------------

@@ -16,8 +16,7 @@ from models.uniforms import derive_seed
 from training import metrics
 from training.candle_files import Series
 from training.outcomes import Outcomes, outcomes
-from training.scores import KEPT, LEVELS, Estimator
-from training.scores import Scores as Scores
+from training.scores import KEPT, LEVELS, Estimator, Scores
 from training.windows import Origins, forecast_input, series_calendar
 
 BASELINE_LEVELS: Final = (0.1, 0.25, 0.5, 0.75, 0.9)

@@ -16,6 +16,7 @@ from models.scoring import EQUAL
 from training.judged import Judged, windows
 from training.scores import BANDS, LEVELS
 from training.svg import Plot, span
+from training.windows import day
 
 _TEMPLATE: Final = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
 _PAST: Final = 60  # candles before the origin in a fan chart
@@ -242,7 +243,7 @@ def _fan(judged: Judged, row: int, word: str, colour: str) -> Plot:
     origin = int(np.searchsorted(item.timestamps, facts.origin_times[row]))
     past = item.candles[max(0, origin - _PAST) : origin + 1, CLOSE]
     before, ahead = np.arange(1 - len(past), 1), np.arange(facts.horizon + 1)
-    day = np.datetime64(int(facts.origin_times[row]), "ms").astype("datetime64[D]")
+    issued = day(int(facts.origin_times[row]))
 
     def prices(level: float) -> Floats:
         return np.asarray(last_close * np.exp(np.concatenate([[0.0], scores.quantile(level)[row]])))
@@ -250,7 +251,7 @@ def _fan(judged: Judged, row: int, word: str, colour: str) -> Plot:
     actual = np.concatenate([[last_close], facts.actual[row]])
     limits = span([past, actual, prices(0.025), prices(0.975)])
     plot = Plot(
-        f"{word}: {symbol} after {day}",
+        f"{word}: {symbol} after {issued}",
         (float(before[0]), float(ahead[-1])),
         limits,
         x_label=f"candles of {item.interval} from the origin",

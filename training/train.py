@@ -23,7 +23,7 @@ from models.toto.network import TotoConfig, TotoNetwork
 from models.toto.transform import transform_of
 from training import processes
 from training.candle_files import Series, digest
-from training.evaluate import Scores, baselines, evaluate, summary
+from training.evaluate import baselines, evaluate, summary
 from training.initial import damp_residuals, start_at_random_walk, start_with_bits
 from training.loop import Judgement, Objective, Run, Selection, fit
 from training.losses import LOSSES
@@ -31,12 +31,14 @@ from training.objectives import NextPatch, NextToken, TokenizerReconstruction
 from training.packed import pack, pack_folder
 from training.recipe import Recipe
 from training.resume import RunFolder, run_folder
+from training.scores import Scores
 from training.tuning import adapter_of, merged, open_up
 from training.windows import (
     Origins,
     Part,
     Split,
     WindowSampler,
+    day,
     joined,
     rolling_origins,
     split_by_parts,
@@ -337,8 +339,8 @@ def _record(prepared: Prepared, trained: Trained) -> TrainingRecord:
         data_digest=prepared.data_digest,
         symbols=tuple(symbol for symbol, _ in fitted),
         interval=recipe.data.interval,
-        start=_date(min(int(span[0]) for _, span in fitted)),
-        end=_date(max(int(span[-1]) for _, span in fitted)),
+        start=day(min(int(span[0]) for _, span in fitted)),
+        end=day(max(int(span[-1]) for _, span in fitted)),
         notes=tuple(f"{phase}: {note}" for phase, run in trained.runs.items() for note in run.notes),
         losses={phase: run.loss for phase, run in trained.runs.items()},
         steps=sum(run.steps for run in trained.runs.values()),
@@ -359,10 +361,6 @@ def verdict(evaluation: Evaluation) -> str:
 
 def _interval(low: float | None, high: float | None) -> str:
     return "" if low is None or high is None else f" [{low:.3f}, {high:.3f}]"
-
-
-def _date(millis: int) -> str:
-    return str(np.datetime64(millis, "ms").astype("datetime64[D]"))
 
 
 def _revision() -> str | None:

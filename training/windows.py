@@ -100,8 +100,8 @@ def split_by_parts(parts: Sequence[Sequence[Series]], *, horizon: int, unseen: S
         first = min(later, key=lambda item: int(item.timestamps[0]))
         if last.timestamps[-1] >= first.timestamps[0]:
             raise ValueError(
-                f"{last.symbol} ends on {_day(last.timestamps[-1])} in one part, and {first.symbol} begins on"
-                f" {_day(first.timestamps[0])} in the next: training would have seen what it is judged by"
+                f"{last.symbol} ends on {day(int(last.timestamps[-1]))} in one part, and {first.symbol} begins on"
+                f" {day(int(first.timestamps[0]))} in the next: training would have seen what it is judged by"
             )
     begins = [min(int(item.timestamps[0]) for item in part) for part in given[1:]]
     before = {item.symbol for part in parts[:2] for item in part}
@@ -122,8 +122,9 @@ def joined(parts: Sequence[Sequence[Series]]) -> Iterator[Series]:
         )
 
 
-def _day(millis: np.int64) -> str:
-    return str(np.datetime64(int(millis), "ms").astype("datetime64[D]"))
+def day(millis: int) -> str:
+    """The UTC day of an instant, as 2024-12-31."""
+    return str(np.datetime64(millis, "ms").astype("datetime64[D]"))
 
 
 def _instant(day: date) -> int:

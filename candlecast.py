@@ -638,7 +638,7 @@ def list_versions(store_root: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(rows))
         return
-    for row in rows or [{"model": "the store is empty: candlecast train RECIPE, or candlecast store import FOLDER"}]:
+    for row in rows or [{"model": "the store is empty: candlecast train RECIPE, or candlecast store import SOURCE"}]:
         click.echo("  ".join(str(value) for value in row.values()))
 
 
@@ -713,26 +713,39 @@ def _await_version(root: "ModelStore", reference: str, until: float) -> None:
 
 
 @store.command("import")
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--name", required=True, help="Name of the model in the store.")
-@click.option("--tokenizer", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Kronos' tokenizer.")
-@click.option("--licence", help="SPDX identifier of the weights' licence.")
+@click.argument("source", required=False)
+@click.option("--legacy-pt", type=click.Path(exists=True, dir_okay=False), help="A file of torch.save, instead.")
+@click.option("--config", type=click.Path(exists=True, dir_okay=False), help="Its config.json, if none is in or by it.")
+@click.option("--name", help="Name of the model in the store; default: SOURCE's last part in lower case.")
+@click.option("--tokenizer", metavar="SOURCE", help="Kronos' tokenizer.")
+@click.option("--licence", help="SPDX identifier of the weights' licence; default: what their model card says.")
 @StoreRoot
 @JsonFlag
 def import_version(
-    folder: Path, name: str, tokenizer: Path | None, licence: str | None, store_root: Path, as_json: bool
+    source: str | None, legacy_pt: str | None, name: str | None, store_root: Path, as_json: bool, **options: Any
 ) -> None:
-    """Import a published checkpoint: FOLDER holds config.json and model.safetensors.
+    """Import a checkpoint that SOURCE names: hf://OWNER/NAME[@REVISION], or a folder with config.json and
+    model.safetensors.
 
-    A Kronos tokenizer lies in FOLDER/tokenizer or is given by --tokenizer.
+    A Kronos tokenizer lies in the folder's tokenizer/, is given by --tokenizer, or comes from the hub like its
+    predictor. A trainer's best_model.pt is read by --legacy-pt, without running what it holds.
 
     \b
-    Example: candlecast store import ./Toto-Open-Base-1.0 --name toto-base
+    Examples: candlecast store import hf://NeoQuasar/Kronos-small
+              candlecast store import ./Toto-Open-Base-1.0 --name toto-base
+              candlecast store import --legacy-pt runs/best_model.pt --name toto-mine
     """
     from model_store.store import ModelStore
-    from model_store.upstream import import_folder
+    from model_store.upstream import default_name, import_checkpoint
 
-    manifest = import_folder(ModelStore(store_root), folder, name, tokenizer=tokenizer, licence=licence)
+    if (source is None) == (legacy_pt is None):
+        raise click.UsageError("say either SOURCE or --legacy-pt FILE")
+    if legacy_pt and not name:
+        raise click.UsageError("--legacy-pt needs --name")
+    if source and options["config"]:
+        raise click.UsageError("--config is for --legacy-pt: a SOURCE has its own")
+    place = source or Path(str(legacy_pt))
+    manifest = import_checkpoint(ModelStore(store_root), place, name or default_name(str(place)), **options)
     _print_version(manifest, as_json, [f"serve it: candlecast store promote {manifest.model}@{manifest.version}"])
 
 

@@ -29,7 +29,9 @@ class Origin(_Strict):
 
     kind: Literal["trained", "imported", "child"]
     source: str = Field(description="Recipe, hub id or folder name.")
-    revision: str | None = Field(default=None, description="Hub revision, or the parent's version.")
+    revision: str | None = Field(default=None, description="Hub commit, or the parent's version.")
+    tokenizer: str | None = Field(default=None, description="Hub id or folder name, where it came apart from source.")
+    tokenizer_revision: str | None = Field(default=None, description="Its hub commit.")
     licence: str | None = Field(default=None, description="SPDX identifier of the weights' licence.")
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model_store.store import ModelStore, VersionNotFound
-from model_store.upstream import ImportRefused, import_folder
+from model_store.upstream import ImportRefused, import_checkpoint
 from models.candles import DAY_MS, check_candles, with_amount
 from models.families import build_forecaster
 from models.forecaster import Forecast, ForecastInput, forecast
@@ -106,7 +106,7 @@ def answer(store: ModelStore, reference: str, horizon: int = 10) -> Forecast:
 
 def refused(store: ModelStore, folder: Path, match: str, **options: Any) -> None:
     with pytest.raises(ImportRefused, match=match):
-        import_folder(store, folder, "imported", **options)
+        import_checkpoint(store, folder, "imported", **options)
     assert store.models() == [], "something was stored"
 
 
@@ -114,7 +114,7 @@ def refused(store: ModelStore, folder: Path, match: str, **options: Any) -> None
 
 
 def test_a_toto_folder_becomes_a_version_that_forecasts(store: ModelStore, toto_folder: Path) -> None:
-    manifest = import_folder(store, toto_folder, "toto-tiny", licence="Apache-2.0")
+    manifest = import_checkpoint(store, toto_folder, "toto-tiny", licence="Apache-2.0")
     assert (manifest.family, manifest.model) == ("toto", "toto-tiny")
     assert manifest.origin.model_dump() == {
         "kind": "imported", "source": "Toto-Tiny", "revision": None, "licence": "Apache-2.0",
@@ -127,7 +127,7 @@ def test_a_toto_folder_becomes_a_version_that_forecasts(store: ModelStore, toto_
 def test_a_toto_keeps_every_tensor_under_its_name_without_the_wrapper(
     store: ModelStore, toto_folder: Path, reference_toto: Toto
 ) -> None:
-    version = import_folder(store, toto_folder, "toto-tiny").version
+    version = import_checkpoint(store, toto_folder, "toto-tiny").version
     loaded = store.load(f"toto-tiny@{version}")
     expected = {k.removeprefix("model."): v for k, v in reference_toto.state_dict().items()}
     assert loaded.weights.keys() == expected.keys()
@@ -136,18 +136,18 @@ def test_a_toto_keeps_every_tensor_under_its_name_without_the_wrapper(
 
 
 def test_a_toto_saved_with_fused_feed_forward_is_the_same_version(store: ModelStore, toto_folder: Path) -> None:
-    plain = import_folder(store, toto_folder, "toto-tiny")
+    plain = import_checkpoint(store, toto_folder, "toto-tiny")
     fused = {
         name.replace("mlp.0.", "mlp.0.w12.").replace("mlp.2.", "mlp.0.w3."): tensor
         for name, tensor in load_file(toto_folder / "model.safetensors").items()
     }
     assert any("w12" in name for name in fused)
     save_file(fused, toto_folder / "model.safetensors")
-    assert import_folder(store, toto_folder, "toto-tiny") == plain
+    assert import_checkpoint(store, toto_folder, "toto-tiny") == plain
 
 
 def test_a_kronos_folder_becomes_a_version_that_forecasts(store: ModelStore, kronos_folder: Path) -> None:
-    manifest = import_folder(store, kronos_folder, "kronos-tiny", licence="MIT")
+    manifest = import_checkpoint(store, kronos_folder, "kronos-tiny", licence="MIT")
     assert manifest.family == "kronos"
     assert manifest.limits.max_total == 512
     result = answer(store, f"kronos-tiny@{manifest.version}")
@@ -155,7 +155,7 @@ def test_a_kronos_folder_becomes_a_version_that_forecasts(store: ModelStore, kro
 
 
 def test_a_kronos_keeps_every_learned_tensor_of_both_parts(store: ModelStore, kronos_folder: Path) -> None:
-    loaded = store.load(f"k@{import_folder(store, kronos_folder, 'k').version}")
+    loaded = store.load(f"k@{import_checkpoint(store, kronos_folder, 'k').version}")
     for part, folder in (("predictor", kronos_folder), ("tokenizer", kronos_folder / "tokenizer")):
         published = load_file(folder / "model.safetensors")
         learned = {k for k in published if not k.endswith("inv_freq") and "bsq" not in k}
@@ -165,9 +165,9 @@ def test_a_kronos_keeps_every_learned_tensor_of_both_parts(store: ModelStore, kr
 
 
 def test_a_tokenizer_may_lie_elsewhere(store: ModelStore, tmp_path: Path, kronos_folder: Path) -> None:
-    inside = import_folder(store, kronos_folder, "k")
+    inside = import_checkpoint(store, kronos_folder, "k")
     elsewhere = shutil.move(kronos_folder / "tokenizer", tmp_path / "Kronos-Tokenizer-base")
-    assert import_folder(store, kronos_folder, "k", tokenizer=elsewhere) == inside
+    assert import_checkpoint(store, kronos_folder, "k", tokenizer=elsewhere) == inside
 
 
 def test_the_2k_tokenizer_means_a_context_of_2048(store: ModelStore, tmp_path: Path) -> None:
@@ -177,17 +177,17 @@ def test_the_2k_tokenizer_means_a_context_of_2048(store: ModelStore, tmp_path: P
         warnings.simplefilter("ignore")
         wide = {**PREDICTOR, "s1_bits": 5, "s2_bits": 5}
         Kronos(**wide, **_NO_DROPOUT, token_dropout_p=0.0, learn_te=True).save_pretrained(folder)
-    assert import_folder(store, folder, "mini").limits.max_total == 2048
+    assert import_checkpoint(store, folder, "mini").limits.max_total == 2048
 
 
 def test_importing_twice_is_importing_once(store: ModelStore, toto_folder: Path) -> None:
-    first, second = (import_folder(store, toto_folder, "toto-tiny") for _ in range(2))
+    first, second = (import_checkpoint(store, toto_folder, "toto-tiny") for _ in range(2))
     assert first == second
     assert store.versions("toto-tiny") == [first.version]
 
 
 def test_an_import_is_not_servable_until_it_is_promoted(store: ModelStore, toto_folder: Path) -> None:
-    import_folder(store, toto_folder, "toto-tiny")
+    import_checkpoint(store, toto_folder, "toto-tiny")
     with pytest.raises(VersionNotFound):
         store.resolve("toto-tiny")
     store.promote("toto-tiny")
@@ -201,22 +201,22 @@ def test_a_folder_of_the_hub_cache_tells_its_id_and_revision(
     snapshot.mkdir(parents=True)
     for file in toto_folder.iterdir():
         (snapshot / file.name).symlink_to(file)  # as the cache does
-    origin = import_folder(store, snapshot, "toto-base").origin
+    origin = import_checkpoint(store, snapshot, "toto-base").origin
     assert (origin.source, origin.revision) == ("Datadog/Toto-Open-Base-1.0", "ab" * 20)
 
 
 def test_the_licence_is_the_model_cards(store: ModelStore, toto_folder: Path) -> None:
     (toto_folder / "README.md").write_text("---\ntags:\n- time-series\nlicense: apache-2.0\n---\n# Toto\n")
-    assert import_folder(store, toto_folder, "toto-tiny").origin.licence == "apache-2.0"
+    assert import_checkpoint(store, toto_folder, "toto-tiny").origin.licence == "apache-2.0"
 
 
 def test_a_licence_mentioned_below_the_front_matter_is_not_taken(store: ModelStore, toto_folder: Path) -> None:
     (toto_folder / "README.md").write_text("---\ntags:\n- x\n---\nlicense: mit\n")
-    assert import_folder(store, toto_folder, "toto-tiny").origin.licence is None
+    assert import_checkpoint(store, toto_folder, "toto-tiny").origin.licence is None
 
 
 def test_no_path_of_this_machine_reaches_the_manifest(store: ModelStore, toto_folder: Path) -> None:
-    manifest = import_folder(store, toto_folder, "toto-tiny")
+    manifest = import_checkpoint(store, toto_folder, "toto-tiny")
     assert str(toto_folder.parent) not in manifest.model_dump_json()
 
 
@@ -329,4 +329,4 @@ def test_a_name_that_no_model_may_have_is_refused_before_anything_is_stored(
     store: ModelStore, toto_folder: Path
 ) -> None:
     with pytest.raises(VersionNotFound, match="is not a model name"):
-        import_folder(store, toto_folder, "../toto")
+        import_checkpoint(store, toto_folder, "../toto")

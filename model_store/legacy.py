@@ -1,0 +1,72 @@
+"""Checkpoints that torch.save wrote, as data: whatever only code could rebuild is refused, and no code runs."""
+
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from model_store.files import StoreError
+
+_STATES: Final = ("model_state_dict", "state_dict", "model")
+_CONFIGS: Final = ("model_config", "config")
+_FORBIDDEN: Final = re.compile(r"GLOBAL (\S+)")
+
+
+class LegacyRefused(StoreError):
+    """The file is not one that can be read without running what it says."""
+
+
+def read_legacy(path: Path) -> tuple[dict[str, torch.Tensor], list[Mapping[str, Any]]]:
+    """The weights of a trainer's checkpoint, or of a bare state dict, and what it says of their architecture.
+
+    Optimizers and schedulers that lie beside the weights are not even read. Raises LegacyRefused.
+    """
+    content = _load(path)
+    state = next((content[key] for key in _STATES if isinstance(content.get(key), Mapping)), content)
+    strange = sorted(f"{name} ({type(value).__name__})" for name, value in state.items() if not _is_plain(value))
+    if strange or not state:
+        shown = ", ".join(strange[:8]) or "nothing"
+        raise LegacyRefused(f"{path} has no weights under {', '.join(_STATES)} or at its top, but {shown}")
+    configs = [content[key] for key in _CONFIGS if isinstance(content.get(key), Mapping)]
+    return {str(name): tensor.detach().clone() for name, tensor in state.items()}, configs
+
+
+def _load(path: Path) -> Mapping[str, Any]:
+    try:
+        _check_archive(path)
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = _FORBIDDEN.search(str(error))
+        what = f"names {found[1]}" if found else "is not one"
+        raise LegacyRefused(
+            f"{path} is read as tensors, numbers and text only, and {what}, which may run code: where you trust it,"
+            " save its weights alone with safetensors.torch.save_file"
+        ) from error
+    except (RuntimeError, EOFError, zipfile.BadZipFile) as error:
+        raise LegacyRefused(f"{path} is no checkpoint of torch.save: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, Mapping):
+        raise LegacyRefused(f"{path} holds a {type(content).__name__}, not weights by name")
+    return content
+
+
+def _check_archive(path: Path) -> None:
+    """torch.save never compresses: what does could grow without end."""
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise LegacyRefused(f"{path} is compressed, which torch.save never does")
+
+
+def _is_plain(value: object) -> bool:
+    """A dense tensor whose every element lies in the file."""
+    return (
+        isinstance(value, torch.Tensor)
+        and type(value) in (torch.Tensor, torch.nn.Parameter)
+        and value.device.type == "cpu"
+        and value.layout == torch.strided
+        and not value.is_quantized
+        and value.nbytes <= value.untyped_storage().nbytes()
+    )

@@ -24,10 +24,11 @@ def name_of(reference: str) -> str:
     return _parse(reference)["name"].lower()
 
 
-def fetch(reference: str) -> Path:
+def fetch(reference: str, by_hand: str) -> Path:
     """A folder with what the import needs of `hf://OWNER/NAME[@REVISION]`, one commit of it, in the client's cache.
 
-    HF_TOKEN, HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE are the client's own affair. Raises FetchFailed.
+    HF_TOKEN, HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE are the client's own affair. Raises FetchFailed, which ends with
+    `by_hand`: what to do, `{0}` being its name, with a folder that was downloaded elsewhere.
     """
     parsed = _parse(reference)
     try:
@@ -39,7 +40,7 @@ def fetch(reference: str) -> Path:
         folder = Path(snapshot_download(parsed["id"], revision=parsed["revision"], allow_patterns=wanted))
     except Exception as error:
         # Its errors share no base, and not even the library below them is the same in every release.
-        raise FetchFailed(f"{reference} cannot be fetched: {_reason(error)}. {_by_hand(parsed)}") from error
+        raise FetchFailed(f"{reference} cannot be fetched: {_reason(error)}. {_advice(parsed, by_hand)}") from error
     _check_announced(folder)
     return folder
 
@@ -65,18 +66,15 @@ def _parse(reference: str) -> "re.Match[str]":
 
 
 def _reason(error: Exception) -> str:
-    """The client's in one line: of what it wraps, the cause."""
-    cause = error.__cause__ or error
+    """The client's in one line: where it missed its cache, why it looked there."""
+    cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
     return f"{type(cause).__name__}: {' '.join(str(cause).split())[:300].rstrip('.')}"
 
 
-def _by_hand(parsed: "re.Match[str]") -> str:
+def _advice(parsed: "re.Match[str]", by_hand: str) -> str:
     revision = f" --revision {parsed['revision']}" if parsed["revision"] else ""
-    name = parsed["name"]
-    return (
-        f"By hand: `hf download {parsed['id']}{revision} --local-dir {name}` on a machine that reaches it (of a Kronos"
-        f" the tokenizer too, into {name}/tokenizer), copy the folder, `candlecast store import {name}`"
-    )
+    download = f"hf download {parsed['id']}{revision} --local-dir {parsed['name']}"
+    return f"By hand: `{download}` on a machine that reaches it, copy the folder, {by_hand.format(parsed['name'])}"
 
 
 def _check_announced(folder: Path) -> None:

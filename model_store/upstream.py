@@ -32,6 +32,8 @@ _RECOMPUTED: Final = re.compile(r".*\brotary_emb\.\w+|.*\brotary\.inv_freq|token
 _WRAPPERS: Final = re.compile(r"^(?:(?:module|model|_orig_mod)\.)+|\b_orig_mod\.")  # hub classes, DDP, torch.compile
 _LOW_RANK: Final = re.compile(r"\.(?:base_layer|lora_\w+)\b")
 _FUSED_SWIGLU: Final = (("mlp.0.w12.", "mlp.0."), ("mlp.0.w3.", "mlp.2."))  # xformers' names first
+_BY_HAND: Final = "`candlecast store import {0}` (of a Kronos with its tokenizer, brought likewise, in {0}/tokenizer)"
+_TOKENIZER_BY_HAND: Final = "`--tokenizer {0}`"
 _TOTO_CONTEXT: Final = 4096
 _KRONOS_CONTEXTS: Final = {4: 512, 5: 2048}  # by the tokenizer's group_size
 _TOKENIZERS: Final = {4: "NeoQuasar/Kronos-Tokenizer-base", 5: "NeoQuasar/Kronos-Tokenizer-2k"}
@@ -82,14 +84,14 @@ def import_checkpoint(
     """
     from models.families import build_forecaster  # the networks take a second to import
 
-    place = _locate(source)
+    place = _locate(source, _BY_HAND)
     try:
         network = _read_legacy(place, config) if place.is_file() else _read_folder(place)
         checkpoint = _assemble(network, tokenizer)
         limits = build_forecaster(checkpoint.family, checkpoint.config, checkpoint.weights).limits
     except (KeyError, TypeError, ValueError) as error:
         what = f"{_CONFIG} lacks {error}" if isinstance(error, KeyError) else error
-        raise ImportRefused(f"{place}: {what}") from error
+        raise ImportRefused(f"{source}: {what}") from error
     known = store.find(name, checkpoint.config, checkpoint.weights)
     if known:
         return known
@@ -103,8 +105,8 @@ def import_checkpoint(
     return store.put(manifest, checkpoint.config, checkpoint.weights)
 
 
-def _locate(source: str | Path) -> Path:
-    return fetch(source) if isinstance(source, str) and source.startswith(SCHEME) else Path(source)
+def _locate(source: str | Path, by_hand: str) -> Path:
+    return fetch(source, by_hand) if isinstance(source, str) and source.startswith(SCHEME) else Path(source)
 
 
 def _assemble(network: _Network, tokenizer: str | Path | None) -> _Checkpoint:
@@ -130,12 +132,12 @@ def _family(config: Config) -> str | None:
 
 def _find_tokenizer(place: Path, given: str | Path | None, group: int | None) -> Path:
     if given:
-        return _locate(given)
+        return _locate(given, _TOKENIZER_BY_HAND)
     inside = _inside(place)
     if inside.is_dir():
         return inside
     if is_snapshot(place) and group:
-        return fetch(f"{SCHEME}{_TOKENIZERS[group]}")
+        return fetch(f"{SCHEME}{_TOKENIZERS[group]}", _TOKENIZER_BY_HAND)
     raise ImportRefused(
         f"{place} holds a Kronos predictor without its tokenizer: put the tokenizer's folder at {inside}"
         " (Kronos-Tokenizer-2k for mini, Kronos-Tokenizer-base for the others), or say --tokenizer"

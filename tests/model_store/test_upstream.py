@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bench.published import KRONOS, TOTO_BASE, request
+from bench.references import KronosReference, TotoReference, build_kronos
 from model_store.store import ModelStore, VersionNotFound
 from model_store.upstream import ImportRefused, import_checkpoint
 from models.candles import DAY_MS, check_candles, with_amount
@@ -118,6 +120,7 @@ def test_a_toto_folder_becomes_a_version_that_forecasts(store: ModelStore, toto_
     assert (manifest.family, manifest.model) == ("toto", "toto-tiny")
     assert manifest.origin.model_dump() == {
         "kind": "imported", "source": "Toto-Tiny", "revision": None, "licence": "Apache-2.0",
+        "tokenizer": None, "tokenizer_revision": None,
     }  # fmt: skip
     assert manifest.limits.max_context == 4096
     result = answer(store, f"toto-tiny@{manifest.version}")
@@ -178,6 +181,61 @@ def test_the_2k_tokenizer_means_a_context_of_2048(store: ModelStore, tmp_path: P
         wide = {**PREDICTOR, "s1_bits": 5, "s2_bits": 5}
         Kronos(**wide, **_NO_DROPOUT, token_dropout_p=0.0, learn_te=True).save_pretrained(folder)
     assert import_checkpoint(store, folder, "mini").limits.max_total == 2048
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_stored_as_it_came_and_forecasts_as_the_same_numbers_in_float32(
+    store: ModelStore, toto_folder: Path, dtype: torch.dtype
+) -> None:
+    halves = {name: tensor.to(dtype) for name, tensor in load_file(toto_folder / "model.safetensors").items()}
+    save_file(halves, toto_folder / "model.safetensors")
+    half = import_checkpoint(store, toto_folder, "half")
+    save_file({name: tensor.float() for name, tensor in halves.items()}, toto_folder / "model.safetensors")
+    whole = import_checkpoint(store, toto_folder, "whole")
+    weights = store.load(f"half@{half.version}").weights
+    assert {tensor.dtype for tensor in weights.values()} == {dtype}
+    assert half.files["weights.safetensors"].bytes < 0.51 * whole.files["weights.safetensors"].bytes
+    points = [answer(store, f"{m.model}@{m.version}").point for m in (half, whole)]
+    np.testing.assert_array_equal(*points)
+
+
+@pytest.mark.parametrize(
+    "size", ["mini", pytest.param("small", marks=pytest.mark.long), pytest.param("base", marks=pytest.mark.long)]
+)
+def test_a_kronos_of_the_published_size_forecasts_as_the_reference_that_wrote_it(
+    store: ModelStore, tmp_path: Path, size: str
+) -> None:
+    base = {"n_layers": 12, "d_model": 832, "n_heads": 16, "ff_dim": 2048}
+    config = KRONOS.get(size) or KRONOS["small"] | {"predictor": KRONOS["small"]["predictor"] | base}
+    networks = build_kronos(config)
+    for network, folder in zip(networks, (tmp_path / "Kronos" / "tokenizer", tmp_path / "Kronos"), strict=True):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the hub's mixin, not this project
+            network.save_pretrained(folder)
+    manifest = import_checkpoint(store, tmp_path / "Kronos", "kronos")
+    loaded = store.load(f"kronos@{manifest.version}")
+    item = request(64, 4, seed=5, samples=1, top_k=1)
+    theirs = KronosReference(config).forecast(item)
+    ours = forecast(build_forecaster("kronos", loaded.config, loaded.weights), [item])[0].point
+    np.testing.assert_allclose(ours[:, 3:], theirs[:, 3:5], rtol=1e-5)  # a repair may move high and low
+
+
+@pytest.mark.long
+def test_the_toto_of_the_published_size_forecasts_as_the_reference_that_wrote_it(
+    store: ModelStore, tmp_path: Path
+) -> None:
+    reference = TotoReference(TOTO_BASE)
+    (tmp_path / "Toto").mkdir()
+    (tmp_path / "Toto" / "config.json").write_text(json.dumps(TOTO_BASE))
+    extra = {"transformer.rotary_emb.freqs": torch.ones(32)}
+    published = {f"model.{name}": tensor for name, tensor in {**reference.weights, **extra}.items()}
+    save_file(published, tmp_path / "Toto" / "model.safetensors")
+    manifest = import_checkpoint(store, tmp_path / "Toto", "toto")
+    loaded = store.load(f"toto@{manifest.version}")
+    assert sum(tensor.numel() for tensor in loaded.weights.values()) == 151_306_080
+    item = request(512, 64, seed=6, aggregate="mean")
+    ours = forecast(build_forecaster("toto", loaded.config, loaded.weights), [item])[0].point
+    np.testing.assert_allclose(ours[:, 3:], reference.forecast(item, None)[3:].T, rtol=1e-5)
 
 
 def test_importing_twice_is_importing_once(store: ModelStore, toto_folder: Path) -> None:
@@ -286,6 +344,25 @@ def test_a_tokenizer_of_an_unknown_group_size_is_refused(store: ModelStore, kron
     refused(store, kronos_folder, "group_size 2")
 
 
+def test_a_tokenizer_of_another_group_size_than_the_predictors_size_was_trained_with_is_refused(
+    store: ModelStore, tmp_path: Path
+) -> None:
+    folder = write_kronos(tmp_path / "mini", tmp_path / "mini" / "tokenizer", group_size=4)
+    edit_config(folder, n_layers=4, d_model=256)
+    refused(store, folder, r"group_size 4: .* trained with NeoQuasar/Kronos-Tokenizer-2k")
+
+
+def test_adapters_of_low_rank_in_a_folder_are_refused(store: ModelStore, kronos_folder: Path) -> None:
+    edit(kronos_folder, **{"transformer.0.ffn.w1.lora_A.weight": torch.zeros(2, 32)})
+    refused(store, kronos_folder, r"adapters of low rank .* without the factor")
+
+
+def test_a_checkpoint_in_parts_is_refused(store: ModelStore, toto_folder: Path) -> None:
+    (toto_folder / "model.safetensors").rename(toto_folder / "model-00001-of-00001.safetensors")
+    (toto_folder / "model.safetensors.index.json").write_text("{}")
+    refused(store, toto_folder, r"no model\.safetensors, but parts of one")
+
+
 def test_a_tokenizer_alone_is_refused(store: ModelStore, kronos_folder: Path) -> None:
     refused(store, kronos_folder / "tokenizer", "tokenizer alone")
 
@@ -299,7 +376,7 @@ def test_a_folder_with_a_pickle_only_is_refused_with_the_way_out(
     store: ModelStore, toto_folder: Path, name: str
 ) -> None:
     (toto_folder / "model.safetensors").rename(toto_folder / name)
-    refused(store, toto_folder, rf"{name} may run code when read.*safetensors\.torch\.save_file")
+    refused(store, toto_folder, rf"{name} may run code when read.*--legacy-pt.*safetensors\.torch\.save_file")
 
 
 @pytest.mark.parametrize("data", [b"", b"PK\x03\x04", b"\xff" * 64])

@@ -27,7 +27,7 @@ def read_legacy(path: Path) -> tuple[dict[str, torch.Tensor], list[Mapping[str, 
     """
     content = _load(path)
     state = next((content[key] for key in _STATES if isinstance(content.get(key), Mapping)), content)
-    strange = sorted(f"{name} ({type(value).__name__})" for name, value in state.items() if not _is_plain(value))
+    strange = sorted(f"{name!r} ({type(value).__name__})" for name, value in state.items() if not _is_plain(value))
     if strange or not state:
         shown = ", ".join(strange[:8]) or "nothing"
         raise LegacyRefused(f"{path} has no weights under {', '.join(_STATES)} or at its top, but {shown}")
@@ -39,25 +39,33 @@ def _load(path: Path) -> Mapping[str, Any]:
     try:
         _check_archive(path)
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except LegacyRefused:
+        raise
     except pickle.UnpicklingError as error:
         found = _FORBIDDEN.search(str(error))
-        what = f"names {found[1]}" if found else "is not one"
+        what = f"names {found[1]}" if found else "is something else"
         raise LegacyRefused(
             f"{path} is read as tensors, numbers and text only, and {what}, which may run code: where you trust it,"
             " save its weights alone with safetensors.torch.save_file"
         ) from error
-    except (RuntimeError, EOFError, zipfile.BadZipFile) as error:
-        raise LegacyRefused(f"{path} is no checkpoint of torch.save: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # a made-up pickle fails in more ways than torch has names for
+        why = str(error).partition("\n")[0] or type(error).__name__
+        raise LegacyRefused(f"{path} is no checkpoint of torch.save: {why}") from error
     if not isinstance(content, Mapping):
         raise LegacyRefused(f"{path} holds a {type(content).__name__}, not weights by name")
     return content
 
 
 def _check_archive(path: Path) -> None:
-    """torch.save never compresses: what does could grow without end."""
+    """torch.save stores each part once, as it is, and with its checksum: what does not could grow without end."""
     with zipfile.ZipFile(path) as archive:
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+        parts = archive.infolist()
+        if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
             raise LegacyRefused(f"{path} is compressed, which torch.save never does")
+        if sum(part.file_size for part in parts) > path.stat().st_size:
+            raise LegacyRefused(f"{path} has parts that overlap")
+        if damaged := archive.testzip():
+            raise LegacyRefused(f"{path} is damaged: {damaged!r} does not match its checksum")
 
 
 def _is_plain(value: object) -> bool:

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from bench.published import KRONOS_TINY, TOTO_TINY, random_weights, toto_config, toto_weights
 from bench.references import build_toto
+from candlecast import main
 from model_store.legacy import LegacyRefused
 from model_store.manifest import Manifest
 from model_store.store import ModelStore
@@ -202,6 +204,17 @@ def test_a_truncated_checkpoint_is_refused(
     refused(store, file, "is no checkpoint of torch.save", config=config)
 
 
+def test_one_wrong_bit_of_a_weight_is_noticed(
+    store: ModelStore, file: Path, config: Path, toto: dict[str, torch.Tensor]
+) -> None:
+    marked = toto | {"model.unembed.bias": torch.full((2048,), 0.123)}
+    torch.save(marked, file)
+    data, sign = file.read_bytes(), marked["model.unembed.bias"].numpy().tobytes()
+    assert data.count(sign) == 1
+    file.write_bytes(data.replace(sign, bytes([sign[0] ^ 1]) + sign[1:]))
+    refused(store, file, r"is damaged: \S+ does not match its checksum", config=config)
+
+
 def test_a_compressed_archive_is_refused(store: ModelStore, file: Path, config: Path) -> None:
     torch.save({"weight": torch.zeros(2)}, file)
     with zipfile.ZipFile(file) as saved, zipfile.ZipFile(file.with_suffix(".zip"), "w", zipfile.ZIP_DEFLATED) as packed:
@@ -214,12 +227,12 @@ def test_a_compressed_archive_is_refused(store: ModelStore, file: Path, config: 
     ("content", "match"),
     [
         ([1, 2], "holds a list"),
-        ({"epoch": 1, "metrics": {"loss": 0.5}}, r"no weights .* but epoch \(int\), metrics \(dict\)"),
+        ({"epoch": 1, "metrics": {"loss": 0.5}}, r"no weights .* but 'epoch' \(int\), 'metrics' \(dict\)"),
         ({"model_state_dict": {}}, "but nothing"),
-        ({"state_dict": {"unembed.bias": 1.0}}, r"unembed\.bias \(float\)"),
-        ({"unembed.bias": torch.zeros(1).expand(10**12)}, r"unembed\.bias \(Tensor\)"),
-        ({"unembed.bias": torch.zeros(2).to_sparse()}, r"unembed\.bias \(Tensor\)"),
-        ({"unembed.bias": torch.zeros(10**12, device="meta")}, r"unembed\.bias \(Tensor\)"),
+        ({"state_dict": {"unembed.bias": 1.0}}, r"unembed\.bias' \(float\)"),
+        ({"unembed.bias": torch.zeros(1).expand(10**12)}, r"unembed\.bias' \(Tensor\)"),
+        ({"unembed.bias": torch.zeros(2).to_sparse()}, r"unembed\.bias' \(Tensor\)"),
+        ({"unembed.bias": torch.zeros(10**12, device="meta")}, r"unembed\.bias' \(Tensor\)"),
     ],
     ids=["list", "no-state", "empty", "number", "repeated", "sparse", "meta"],
 )
@@ -273,3 +286,23 @@ def test_a_kronos_predictor_alone_says_which_tokenizer_it_lacks(store: ModelStor
     predictor = {k.partition(".")[2]: v for k, v in weights.items() if k.startswith("predictor")}
     torch.save({"model": predictor, "config": KRONOS_TINY["predictor"]}, file)
     refused(store, file, r"without its tokenizer: put the tokenizer's folder at .*/run/tokenizer")
+
+
+# -- the command --------------------------------------------------------------------------------
+
+
+def test_the_command_imports_a_file_under_the_name_that_it_is_given(
+    file: Path, config: Path, toto: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    torch.save(trainers(toto), file)
+    words = ["store", "import", "--legacy-pt", str(file), "--config", str(config), "--store", str(tmp_path / "store")]
+    assert "needs --name" in CliRunner().invoke(main, words).output
+    done = CliRunner().invoke(main, [*words, "--name", "toto-mine"])
+    assert done.exit_code == 0, done.output
+    assert ModelStore(tmp_path / "store").models() == ["toto-mine"]
+
+
+@pytest.mark.parametrize("words", [[], ["./folder", "--legacy-pt", __file__], ["./folder", "--config", __file__]])
+def test_the_command_refuses_what_does_not_go_together(words: list[str]) -> None:
+    done = CliRunner().invoke(main, ["store", "import", *words])
+    assert (done.exit_code, "--legacy-pt" in done.output) == (2, True)

@@ -23,7 +23,7 @@ class LegacyRefused(StoreError):
 def read_legacy(path: Path) -> tuple[dict[str, torch.Tensor], list[Mapping[str, Any]]]:
     """The weights of a trainer's checkpoint, or of a bare state dict, and what it says of their architecture.
 
-    Optimizers and schedulers that lie beside the weights are not even read. Raises LegacyRefused.
+    Of optimizers and schedulers that lie beside the weights nothing is kept. Raises LegacyRefused.
     """
     content = _load(path)
     state = next((content[key] for key in _STATES if isinstance(content.get(key), Mapping)), content)

@@ -215,18 +215,28 @@ def with_group(files: Files, group_size: int) -> bytes:
 
 def test_both_parts_of_a_kronos_are_named_by_their_commits(hub: Hub, store: ModelStore) -> None:
     predictor, tokenizer = kronos_files(n_layers=4, d_model=256, n_heads=4)
-    commits = hub.push("NeoQuasar/Kronos-mini", predictor), hub.push("NeoQuasar/Kronos-Tokenizer-2k", tokenizer)
-    hub.push("NeoQuasar/Kronos-Tokenizer-2k", tokenizer | {"config.json": with_group(tokenizer, 5)}, "v2")
-    with pytest.raises(ImportRefused, match=r"group_size 4: predictors of this size .*Kronos-Tokenizer-2k"):
-        import_checkpoint(store, "hf://NeoQuasar/Kronos-mini", "kronos-mini")
-    manifest = import_checkpoint(
-        store, "hf://NeoQuasar/Kronos-mini", "kronos-mini", tokenizer="hf://NeoQuasar/Kronos-Tokenizer-2k@v2"
-    )
-    origin, tagged = manifest.origin, hub.refs["NeoQuasar/Kronos-Tokenizer-2k"]["v2"]
-    assert tagged not in commits
+    matching = tokenizer | {"config.json": with_group(tokenizer, 5)}
+    commits = hub.push("NeoQuasar/Kronos-mini", predictor), hub.push("NeoQuasar/Kronos-Tokenizer-2k", matching)
+    manifest = import_checkpoint(store, "hf://NeoQuasar/Kronos-mini", "kronos-mini")
+    origin = manifest.origin
     assert (origin.source, origin.revision, origin.licence) == ("NeoQuasar/Kronos-mini", commits[0], "mit")
-    assert (origin.tokenizer, origin.tokenizer_revision) == ("NeoQuasar/Kronos-Tokenizer-2k", tagged)
+    assert (origin.tokenizer, origin.tokenizer_revision) == ("NeoQuasar/Kronos-Tokenizer-2k", commits[1])
     assert manifest.limits.max_total == 2048
+
+
+def test_a_tokenizer_may_be_named_and_must_be_of_the_kind_that_the_predictor_was_trained_with(
+    hub: Hub, store: ModelStore
+) -> None:
+    predictor, tokenizer = kronos_files(n_layers=4, d_model=256, n_heads=4)
+    hub.push("NeoQuasar/Kronos-mini", predictor)
+    tuned = hub.push("me/my-tokenizer", tokenizer | {"config.json": with_group(tokenizer, 5)}, "v2")
+    hub.push("me/my-tokenizer", tokenizer)
+    with pytest.raises(ImportRefused, match=r"group_size 4: predictors of this size .*Kronos-Tokenizer-2k"):
+        import_checkpoint(store, "hf://NeoQuasar/Kronos-mini", "kronos", tokenizer="hf://me/my-tokenizer")
+    origin = import_checkpoint(
+        store, "hf://NeoQuasar/Kronos-mini", "kronos", tokenizer="hf://me/my-tokenizer@v2"
+    ).origin
+    assert (origin.tokenizer, origin.tokenizer_revision) == ("me/my-tokenizer", tuned)
 
 
 def test_a_tokenizer_inside_the_repository_is_its_own(hub: Hub, store: ModelStore) -> None:

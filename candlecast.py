@@ -19,11 +19,11 @@ StoreRoot = click.option(
     "--store",
     "store_root",
     envvar="CANDLECAST_STORE_ROOT",
-    default=Path("model_store/artifacts"),
+    default="model_store/artifacts",
     show_default=True,
-    type=click.Path(path_type=Path),
-    help="Folder of the model store.",
+    help="The model store: a folder, or a URL such as s3://bucket/prefix.",
 )
+Reason = click.option("--reason", help="Why, for the log.")
 CandleFolder = click.Path(exists=True, file_okay=False, path_type=Path)
 DataFolder = click.option(
     "--data",
@@ -354,7 +354,7 @@ def train(
     test_root: Path | None,
     restart: bool,
     home: Path,
-    store_root: Path,
+    store_root: str,
     as_json: bool,
 ) -> None:
     """Train every RECIPE side by side, evaluate it and put the version into the store.
@@ -422,7 +422,7 @@ def train(
 @StoreRoot
 @JsonFlag
 def evaluate(
-    names: str, baselines: str, folder: Path, store_root: Path, as_json: bool, out: Path | None, **options: Any
+    names: str, baselines: str, folder: Path, store_root: str, as_json: bool, out: Path | None, **options: Any
 ) -> None:
     """Score models side by side by rolling origins, beside forecasts that need no training.
 
@@ -460,7 +460,7 @@ def evaluate(
 @StoreRoot
 @JsonFlag
 def replay(
-    folder: Path, names: str, day: str | None, every: int, horizon: int, speed: str, store_root: Path, as_json: bool
+    folder: Path, names: str, day: str | None, every: int, horizon: int, speed: str, store_root: str, as_json: bool
 ) -> None:
     """Play FOLDER's candles through forecasts, scores, drift, recalibration and choice of model, on a state of its own.
 
@@ -514,7 +514,7 @@ def _speed(text: str) -> float:
 @DataFolder
 @StoreRoot
 @JsonFlag
-def forecast(symbol: str, plot: Path | None, folder: Path, store_root: Path, as_json: bool, **options: Any) -> None:
+def forecast(symbol: str, plot: Path | None, folder: Path, store_root: str, as_json: bool, **options: Any) -> None:
     """Forecast SYMBOL from a folder of candles, without a service.
 
     \b
@@ -558,7 +558,7 @@ def export(
     device: str,
     home: Path,
     folder: Path,
-    store_root: Path,
+    store_root: str,
     as_json: bool,
 ) -> None:
     """Build a faster runtime of NAME or NAME@VERSION and store it, if its forecasts agree with float32's.
@@ -602,7 +602,7 @@ def models() -> None:
 @StoreRoot
 @JsonFlag
 def time_models(
-    references: tuple[str, ...], device: str, threads: int | None, home: Path, store_root: Path, as_json: bool
+    references: tuple[str, ...], device: str, threads: int | None, home: Path, store_root: str, as_json: bool
 ) -> None:
     """Time every runtime of NAME (by default of all in production) again and remember the fastest.
 
@@ -623,13 +623,13 @@ def time_models(
 
 @main.group()
 def store() -> None:
-    """Versions of models: list, show, verify, import, promote."""
+    """Versions of models, in a folder or a bucket."""
 
 
 @store.command("list")
 @StoreRoot
 @JsonFlag
-def list_versions(store_root: Path, as_json: bool) -> None:
+def list_versions(store_root: str, as_json: bool) -> None:
     """List every version with its aliases."""
     from model_store.store import ModelStore
 
@@ -659,7 +659,7 @@ def _row(root: "ModelStore", model: str, version: str) -> dict[str, str]:
 @click.argument("reference")
 @StoreRoot
 @JsonFlag
-def show(reference: str, store_root: Path, as_json: bool) -> None:
+def show(reference: str, store_root: str, as_json: bool) -> None:
     """Print the manifest of NAME, NAME@VERSION or NAME@ALIAS: its scores, or all of it with --json."""
     from rich.console import Console
 
@@ -679,7 +679,7 @@ def show(reference: str, store_root: Path, as_json: bool) -> None:
 @click.option("--wait", default=0.0, metavar="SECONDS", help="Longest wait for a NAME that the store lacks so far.")
 @StoreRoot
 @JsonFlag
-def verify(references: tuple[str, ...], wait: float, store_root: Path, as_json: bool) -> None:
+def verify(references: tuple[str, ...], wait: float, store_root: str, as_json: bool) -> None:
     """Hash every file of each NAME, NAME@VERSION or NAME@ALIAS against its manifest.
 
     \b
@@ -722,7 +722,7 @@ def _await_version(root: "ModelStore", reference: str, until: float) -> None:
 @StoreRoot
 @JsonFlag
 def import_version(
-    source: str | None, legacy_pt: str | None, name: str | None, store_root: Path, as_json: bool, **options: Any
+    source: str | None, legacy_pt: str | None, name: str | None, store_root: str, as_json: bool, **options: Any
 ) -> None:
     """Import a checkpoint that SOURCE names: hf://OWNER/NAME[@REVISION], or a folder with config.json and
     model.safetensors.
@@ -751,19 +751,223 @@ def import_version(
 
 @store.command()
 @click.argument("reference")
+@click.option("--symbol", help="Serve this symbol alone by it, such as AAPL.")
 @click.option("--force", metavar="REASON", help="Promote against the gate's advice; the reason is recorded.")
+@click.option("--url", help="Show first what the shadow of the service there was worth.")
+@Reason
 @StoreRoot
 @JsonFlag
-def promote(reference: str, force: str | None, store_root: Path, as_json: bool) -> None:
+def promote(
+    reference: str,
+    symbol: str | None,
+    force: str | None,
+    url: str | None,
+    reason: str | None,
+    store_root: str,
+    as_json: bool,
+) -> None:
     """Serve NAME (its candidate) or NAME@VERSION under NAME from now on.
+
+    The gate asks for its bytes as they were stored, runtimes that agree with it, the forecast that it made then, and
+    scores no worse than those of the version that serves now.
 
     \b
     Example: candlecast store promote toto-demo@0123456789ab --force "only this one has IBM's split"
     """
     from model_store.store import ModelStore
 
-    manifest = ModelStore(store_root).promote(reference, force=force)
-    _print_version(manifest, as_json, [f"now serves as {manifest.model}"])
+    for line in _worth_of_shadow(url, reference.partition("@")[0]) if url else ():
+        _complain(line)
+    root = ModelStore(store_root)
+    manifest = root.promote(reference, symbol=symbol, force=force, reason=reason)
+    gate = root.log(manifest.model)[-1].get("gate", [])
+    _print_version(manifest, as_json, [*gate, f"now serves {f'{symbol} ' if symbol else ''}as {manifest.model}"])
+
+
+def _worth_of_shadow(url: str, name: str) -> list[str]:
+    """What the service at `url` says of a model's shadow, a line for each interval and group of steps."""
+    import urllib.error
+    import urllib.request
+
+    try:
+        with urllib.request.urlopen(f"{url}/models/{name}/shadow", timeout=10) as answer:
+            found = json.load(answer)
+    except urllib.error.HTTPError as error:
+        return [f"{url} has no shadow of {name}: {error}"]
+    lines = []
+    for each in found["compared"]:
+        ratio, interval = each["relative_mae"], each["relative_mae_interval"]
+        told = "unknown" if ratio is None else f"{ratio:.3f} x production's"
+        told += f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
+        lines.append(f"shadow {found['shadow']}, {each['interval']} steps {each['steps']}: error {told}")
+    return lines or [f"shadow {found['shadow']} has not been scored yet"]
+
+
+@store.command()
+@click.argument("name")
+@click.option("--symbol", help="Of this symbol alone.")
+@Reason
+@StoreRoot
+@JsonFlag
+def rollback(name: str, symbol: str | None, reason: str | None, store_root: str, as_json: bool) -> None:
+    """Serve again what served before as NAME; done twice, it is undone.
+
+    \b
+    Example: candlecast store rollback toto-demo --reason "bands too narrow since noon"
+    """
+    from model_store.store import ModelStore
+
+    manifest = ModelStore(store_root).rollback(name, symbol=symbol, reason=reason)
+    _print_version(manifest, as_json, [f"now serves {f'{symbol} ' if symbol else ''}as {manifest.model}"])
+
+
+@store.command()
+@click.argument("name")
+@StoreRoot
+@JsonFlag
+def log(name: str, store_root: str, as_json: bool) -> None:
+    """Show who did what with NAME's versions, when and why."""
+    from model_store.store import ModelStore
+
+    entries = ModelStore(store_root).log(name)
+    if as_json:
+        click.echo(json.dumps(entries))
+        return
+    for entry in entries:
+        facts = {key: value for key, value in entry.items() if key not in ("at", "event", "by") and value}
+        told = "  ".join(f"{key}={'; '.join(v) if isinstance(v, list) else v}" for key, v in facts.items())
+        click.echo(f"{entry['at'][:19]}Z  {entry['by']}  {entry['event']}  {told}")
+
+
+@store.command()
+@click.argument("reference")
+@click.argument("other")
+@StoreRoot
+@JsonFlag
+def diff(reference: str, other: str, store_root: str, as_json: bool) -> None:
+    """Show what differs between two versions: how they were made, what they can take, and every score of both.
+
+    \b
+    Example: candlecast store diff toto-demo toto-demo@candidate
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from model_store.diff import differences
+    from model_store.store import ModelStore
+
+    root = ModelStore(store_root)
+    one, two = root.manifest(reference), root.manifest(other)
+    rows = differences(one, two, root.config(one), root.config(two))
+    names = [f"{manifest.model}@{manifest.version}" for manifest in (one, two)]
+    if as_json:
+        click.echo(json.dumps([dict(zip(("what", *names), row, strict=True)) for row in rows]))
+        return
+    table = Table("", *names)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=120).print(table)
+
+
+@store.command()
+@click.option("--keep", type=click.IntRange(1), default=3, show_default=True, help="Newest versions of every name.")
+@click.option("--delete", is_flag=True, help="Do it; otherwise only show what would go.")
+@Reason
+@StoreRoot
+@JsonFlag
+def gc(keep: int, delete: bool, reason: str | None, store_root: str, as_json: bool) -> None:
+    """Delete versions that nothing uses: no alias, no running service, and no version that was made from them.
+
+    A service that cannot write to the store cannot say what it uses: --keep enough for those.
+
+    \b
+    Example: candlecast store gc --keep 5 --delete
+    """
+    from model_store.gc import collect, unused
+    from model_store.store import ModelStore
+
+    root = ModelStore(store_root)
+    found = collect(root, keep=keep, reason=reason) if delete else unused(root, keep=keep)
+    if as_json:
+        click.echo(json.dumps([f"{manifest.model}@{manifest.version}" for manifest in found]))
+        return
+    for manifest in found:
+        click.echo(f"{manifest.model}@{manifest.version}  {manifest.created_at}")
+    size = sum(entry.bytes for manifest in found for entry in manifest.files.values())
+    click.echo(f"{len(found)} versions of {size / 1e6:.1f} MB {'are deleted' if delete else 'would go: add --delete'}")
+
+
+@store.command()
+@click.argument("reference")
+@click.argument("file", metavar="FILE.tar", type=click.Path(dir_okay=False, path_type=Path))
+@StoreRoot
+@JsonFlag
+def pack(reference: str, file: Path, store_root: str, as_json: bool) -> None:
+    """Write a version to FILE.tar, to be carried to another store; runtimes stay behind.
+
+    \b
+    Example: candlecast store pack toto-demo toto-demo.tar
+    """
+    from model_store.store import ModelStore
+    from model_store.tar import pack
+
+    _print_version(pack(ModelStore(store_root), reference, file), as_json, [f"is in {file}"])
+
+
+@store.command()
+@click.argument("file", metavar="FILE.tar", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@Reason
+@StoreRoot
+@JsonFlag
+def unpack(file: Path, reason: str | None, store_root: str, as_json: bool) -> None:
+    """Store the version in FILE.tar, if it is whole and nothing else is in there."""
+    from model_store.store import ModelStore
+    from model_store.tar import unpack
+
+    manifest = unpack(ModelStore(store_root), file, reason=reason)
+    _print_version(manifest, as_json, [f"serve it: candlecast store promote {manifest.model}@{manifest.version}"])
+
+
+@store.command()
+def schema() -> None:
+    """Print the JSON Schema of a manifest."""
+    from model_store.manifest import Manifest
+
+    click.echo(json.dumps(Manifest.model_json_schema(), indent=2))
+
+
+@store.command()
+@click.argument("name")
+@click.argument("version", required=False)
+@click.option(
+    "--share", type=click.FloatRange(0, 1, min_open=True), default=0.1, show_default=True, help="Of requests."
+)
+@click.option("--off", is_flag=True, help="End it.")
+@Reason
+@StoreRoot
+@JsonFlag
+def shadow(
+    name: str, version: str | None, share: float, off: bool, reason: str | None, store_root: str, as_json: bool
+) -> None:
+    """Let VERSION forecast a share of NAME's requests too: scored like what is served, and seen by no caller.
+
+    \b
+    Example: candlecast store shadow toto-demo candidate --share 0.1
+    """
+    from model_store.store import ModelStore
+
+    if off == bool(version):
+        raise click.UsageError("give a VERSION, or --off")
+    root = ModelStore(store_root)
+    if version:
+        root.set_shadow(name, version, share, reason=reason)
+    else:
+        root.end_shadow(name, reason=reason)
+    version, share = root.shadow(name) or (None, 0.0)
+    if as_json:
+        click.echo(json.dumps({"model": name, "version": version, "share": share}))
+    else:
+        click.echo(f"{name}@{version} forecasts {share:.0%} of requests too" if version else f"{name} has no shadow")
 
 
 def parity_lines(parity: "Parity") -> list[str]:

@@ -7,12 +7,15 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from model_store.files import VerificationFailed, entries_of, open_regular, read_listed, write_directory
 from model_store.manifest import MANIFEST, RUNTIMES, Artefact, canonical_json
-from model_store.store import ModelStore
+
+if TYPE_CHECKING:
+    from model_store.store import ModelStore
 
 _MAX_MANIFEST_BYTES = 2**20
 _KEY_BYTES = 32
@@ -36,7 +39,7 @@ def machine_key(home: Path) -> bytes:
     return key
 
 
-def put_artefact(store: ModelStore, artefact: Artefact, contents: Mapping[str, bytes], key: bytes) -> Artefact:
+def put_artefact(store: "ModelStore", artefact: Artefact, contents: Mapping[str, bytes], key: bytes) -> Artefact:
     """Store an artefact whole or not at all, signed, in the place of one that this machine could not use."""
     complete = artefact.model_copy(update={"files": entries_of(contents)}).signed(key)
     data = canonical_json(complete.model_dump(mode="json"))
@@ -47,14 +50,10 @@ def put_artefact(store: ModelStore, artefact: Artefact, contents: Mapping[str, b
     return complete
 
 
-def find_artefacts(store: ModelStore, reference: str, *, platform: str, torch_version: str) -> dict[str, Artefact]:
+def find_artefacts(store: "ModelStore", reference: str, *, platform: str, torch_version: str) -> dict[str, Artefact]:
     """The artefacts of a version that were tested on this platform and torch, by label."""
     model, version = store.resolve(reference)
-    home = store.root / model / version / RUNTIMES
-    if not home.is_dir():
-        return {}
-    whole = [path for path in sorted(home.iterdir()) if not path.name.startswith(".") and (path / MANIFEST).is_file()]
-    found = [(path, _read(path / MANIFEST)) for path in whole]
+    found = [(path, _read(path / MANIFEST)) for path in _whole(store.root / model / version)]
     wanted = (model, version, platform, torch_version)
     return {
         one.label: one
@@ -63,7 +62,7 @@ def find_artefacts(store: ModelStore, reference: str, *, platform: str, torch_ve
     }
 
 
-def read_artefact(store: ModelStore, artefact: Artefact, *, native: bool, key: bytes) -> dict[str, bytes]:
+def read_artefact(store: "ModelStore", artefact: Artefact, *, native: bool, key: bytes) -> dict[str, bytes]:
     """Its files, verified. Native code runs only where it was built: VerificationFailed unless `key` signed it."""
     what = f"{artefact.model}@{artefact.version} {artefact.label}"
     if native and not artefact.is_signed_by(key):
@@ -71,7 +70,22 @@ def read_artefact(store: ModelStore, artefact: Artefact, *, native: bool, key: b
     return read_listed(_home(store, artefact), artefact.files, beside=frozenset({MANIFEST}), what=what)
 
 
-def _home(store: ModelStore, artefact: Artefact) -> Path:
+def check_runtimes(version: Path) -> None:
+    """VerificationFailed unless every runtime in a version's folder is whole and was compared with float32."""
+    for path in _whole(version):
+        artefact, what = _read(path / MANIFEST), f"{version.parent.name}@{version.name} {path.name}"
+        read_listed(path, artefact.files, beside=frozenset({MANIFEST}), what=what)
+        if not artefact.parity.functions:
+            raise VerificationFailed(f"{what} was never compared with float32: export it anew, or delete it")
+
+
+def _whole(version: Path) -> list[Path]:
+    home = version / RUNTIMES
+    found = sorted(home.iterdir()) if home.is_dir() else []
+    return [path for path in found if not path.name.startswith(".") and (path / MANIFEST).is_file()]
+
+
+def _home(store: "ModelStore", artefact: Artefact) -> Path:
     folder = f"{artefact.label}-{artefact.platform}-{artefact.torch}"
     return store.root / artefact.model / artefact.version / RUNTIMES / folder
 

@@ -4,17 +4,21 @@ import hashlib
 import hmac
 import json
 from collections.abc import Mapping
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 SCHEMA_VERSION: Final = 1
 MANIFEST, CONFIG, WEIGHTS, RUNTIMES = "manifest.json", "config.json", "weights.safetensors", "runtimes"
+SCORES = "scores.safetensors"  # of the windows that it was evaluated on, for comparing versions window by window
 ADAPTER = "adapter.safetensors"  # of low rank, as it was trained; the weights have it added in
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+FileName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]  # it can leave no folder
 
 
 class FileEntry(_Strict):
@@ -172,6 +176,16 @@ class Artefact(_Strict):
         return hmac.new(key, content, hashlib.sha256).hexdigest()
 
 
+class Canary(_Strict):
+    """A forecast of the version, eager and in float32, of candles that follow from the seed: prices by step."""
+
+    seed: int = Field(ge=0)
+    context: int = Field(ge=1, description="Candles before the forecast.")
+    low: tuple[float, ...] = Field(description="0.1 quantile of the close.")
+    close: tuple[float, ...]
+    high: tuple[float, ...] = Field(description="0.9 quantile of the close.")
+
+
 class Manifest(_Strict):
     """One version. `version` is the first 12 hex digits of the digest of everything else."""
 
@@ -181,11 +195,12 @@ class Manifest(_Strict):
     family: Literal["toto", "kronos", "naive"]
     origin: Origin
     limits: ModelLimits
-    files: dict[str, FileEntry]
+    files: dict[FileName, FileEntry] = Field(json_schema_extra={"additionalProperties": False})
     serving: dict[str, Any] = Field(default_factory=dict, description="Defaults of request parameters.")
     training: TrainingRecord | None = None
     evaluations: tuple[Evaluation, ...] = ()
     baselines: tuple[Baseline, ...] = ()
+    canary: Canary | None = None
     created_at: str
     code_revision: str | None = None
 
@@ -196,6 +211,16 @@ class Manifest(_Strict):
     def evaluation(self, windows: str) -> Evaluation | None:
         """The evaluation on `windows`, if there is one."""
         return next((e for e in self.evaluations if e.windows == windows), None)
+
+
+class Alias(BaseModel):
+    """What an alias points at: the one thing of a store that is written over."""
+
+    model_config = ConfigDict(frozen=True)
+
+    version: str = Field(pattern=r"^[0-9a-f]{12}$")
+    previous: str | None = Field(default=None, pattern=r"^[0-9a-f]{12}$", description="What it pointed at before.")
+    share: float | None = Field(default=None, gt=0, le=1, description="Of requests that a shadow forecasts too.")
 
 
 def version_of(content: Mapping[str, Any]) -> str:

@@ -1,57 +1,59 @@
 """Put, find, verify, load, promote. A version is whole or absent; aliases are the only mutable names."""
 
 import contextlib
-import fcntl
 import getpass
 import json
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+import socket
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
+from model_store.artefacts import check_runtimes
 from model_store.files import (
     StoreError,
     VerificationFailed,
     VersionNotFound,
     entries_of,
-    open_regular,
     read_listed,
-    sync_directory,
-    write_directory,
-    write_synced,
 )
+from model_store.gate import Judged, PromotionRefused, refuse_unlike, refuse_worse
 from model_store.manifest import (
     ADAPTER,
     CONFIG,
     MANIFEST,
     RUNTIMES,
+    SCORES,
     WEIGHTS,
-    Evaluation,
+    Alias,
     Manifest,
     canonical_json,
     version_of,
 )
+from model_store.roots import root_of
 
-CANDIDATE, PRODUCTION, PREVIOUS = "candidate", "production", "previous"
+CANDIDATE, PRODUCTION, PREVIOUS, SHADOW = "candidate", "production", "previous", "shadow"
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_SYMBOL: Final = re.compile(r"[A-Z0-9^][A-Z0-9._^=-]{0,31}")
 _VERSION: Final = re.compile(r"[0-9a-f]{12}")
-_MAX_JSON_BYTES: Final = 16 * 2**20
-_GATE: Final = "skill_vs_naive"
-_ALIASES: Final = TypeAdapter(dict[str, str])
+_LEASE: Final = timedelta(minutes=10)  # services say every minute what they hold
 
 
-class PromotionRefused(StoreError):
-    """The gate said no; `--force REASON` overrides it."""
+class _Lease(BaseModel):
+    """What a running service holds."""
+
+    at: datetime
+    versions: set[str]
 
 
 @dataclass(frozen=True)
@@ -65,44 +67,56 @@ class LoadedVersion:
 
 
 class ModelStore:
-    """Versions under `<root>/<model>/<version>/`, aliases in `<root>/<model>/aliases.json`."""
+    """Versions under `<root>/<model>/<version>/`, each alias in `<root>/<model>/aliases/<alias>.json`.
 
-    def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
+    `previous` lies with `production`, so that both change at once. The alias of a symbol is the symbol itself.
+    The root is a folder or a URL such as `s3://bucket/prefix`, whose versions are read through a mirror in `cache`.
+    """
+
+    def __init__(self, root: str | Path, cache: Path | None = None) -> None:
+        self._at = root_of(root, cache or Path(os.environ.get("CANDLECAST_HOME", "var")) / "store-cache")
+        self.root = self._at.folder
 
     # -- reading ---------------------------------------------------------------------------------
 
     def models(self) -> list[str]:
         """Names that have at least one version."""
-        if not self.root.is_dir():
-            return []
-        return sorted(p.name for p in self.root.iterdir() if _NAME.fullmatch(p.name) and self.versions(p.name))
+        return [name for name in self._at.names("") if _NAME.fullmatch(name) and self.versions(name)]
 
     def versions(self, model: str) -> list[str]:
         """Versions of `model`, oldest first; those with a broken manifest, which no reader loads, before all."""
-        home = self._home(model)
-        if not home.is_dir():
-            return []
-        found = [p.name for p in home.iterdir() if _VERSION.fullmatch(p.name) and (p / MANIFEST).is_file()]
-        return sorted(found, key=lambda version: (self._created_at(model, version), version))
+        _check_name(model)
+        return sorted(self._at.versions(model), key=lambda version: (self._created_at(model, version), version))
 
     def aliases(self, model: str) -> dict[str, str]:
         """Alias to version."""
-        path = self._home(model) / "aliases.json"
-        if not path.is_file():
-            return {}
-        try:
-            with open_regular(path) as file:
-                return _ALIASES.validate_json(file.read(_MAX_JSON_BYTES))
-        except ValidationError as error:
-            raise VerificationFailed(f"{model}: {path.name} is not a table of aliases") from error
+        found = self._pointers(model)
+        known = {alias: pointer.version for alias, pointer in found.items()}
+        previous = found[PRODUCTION].previous if PRODUCTION in found else None
+        return known | ({PREVIOUS: previous} if previous else {})
+
+    def stamp(self, model: str) -> str:
+        """Changes whenever an alias of `model` does; it costs a `stat`."""
+        _check_name(model)
+        return self._at.stamp(f"{model}/aliases")
+
+    def shadow(self, model: str) -> tuple[str, float] | None:
+        """The version that forecasts beside production for nobody to see, and for which share of requests."""
+        pointer = self._pointer(model, SHADOW)
+        return (pointer.version, pointer.share) if pointer and pointer.share else None
+
+    def log(self, model: str) -> list[dict[str, Any]]:
+        """Who did what when and why, oldest first."""
+        _check_name(model)
+        return [json.loads(data) for _, data in sorted(self._at.read_all(f"{model}/audit").items())]
 
     def resolve(self, reference: str) -> tuple[str, str]:
         """`name` (its production version), `name@version` or `name@alias` as (model, version)."""
         model, _, wanted = reference.partition("@")
         wanted = wanted or PRODUCTION
-        version = self.aliases(model).get(wanted, wanted)
-        if not _VERSION.fullmatch(version) or not (self._home(model) / version / MANIFEST).is_file():
+        _check_name(model)
+        version = wanted if _VERSION.fullmatch(wanted) else self._version_behind(model, wanted)
+        if version is None or not self._has(model, version):
             known = ", ".join([*self.aliases(model), *self.versions(model)]) or "none"
             raise VersionNotFound(f"the store has no {model}@{wanted}; it has: {known}")
         return model, version
@@ -111,11 +125,28 @@ class ModelStore:
         """The manifest of a reference, its own digest checked."""
         return self._read_manifest(*self.resolve(reference))
 
+    def used(self, model: str) -> set[str]:
+        """Versions that aliases point at or have just left, or that a running service holds."""
+        pointers = self._pointers(model).values()
+        held = [versions for run_out, versions in self._leases(model).values() if not run_out]
+        return {v for each in pointers for v in (each.version, each.previous) if v}.union(*held)
+
+    def config(self, manifest: Manifest) -> dict[str, Any]:
+        """Its `config.json`, verified, without its weights."""
+        return dict(json.loads(self._read_file(manifest, CONFIG)))
+
     def verify(self, reference: str) -> Manifest:
         """Hash every file of the version; VerificationFailed names the first that differs."""
         manifest = self.manifest(reference)
+        self._at.check(f"{manifest.model}/{manifest.version}", manifest.files)
         self._read_files(manifest)
         return manifest
+
+    def files(self, reference: str) -> tuple[Manifest, dict[str, bytes]]:
+        """The manifest, and the bytes of every file of the version, verified and with the manifest's own."""
+        manifest = self.manifest(reference)
+        data = self._at.manifest(f"{manifest.model}/{manifest.version}")
+        return manifest, {MANIFEST: data or b"", **self._read_files(manifest)}
 
     def load(self, reference: str) -> LoadedVersion:
         """The version's config and tensors; the bytes that were hashed are the bytes that are parsed."""
@@ -128,11 +159,11 @@ class ModelStore:
 
     def find(self, model: str, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> Manifest | None:
         """The newest version of `model` with this very config and these very tensors."""
-        wanted = entries_of(_serialise(config, weights))
+        wanted = entries_of(_serialise(config, {WEIGHTS: weights}))
         for version in reversed(self.versions(model)):
             with contextlib.suppress(VerificationFailed):  # a broken version is nobody's equal
                 manifest = self._read_manifest(model, version)
-                if manifest.files == wanted:
+                if {name: manifest.files[name] for name in (CONFIG, WEIGHTS) if name in manifest.files} == wanted:
                     return manifest
         return None
 
@@ -144,49 +175,123 @@ class ModelStore:
         config: Mapping[str, Any],
         weights: Mapping[str, torch.Tensor],
         adapter: Mapping[str, torch.Tensor] | None = None,
+        scores: Mapping[str, torch.Tensor] | None = None,
     ) -> Manifest:
         """Store a version whole or not at all and return its completed manifest.
 
-        `manifest` holds the fields of Manifest but `version` and `files`. An equal version is kept as it is.
+        `manifest` holds the fields of Manifest but `version` and `files`; `scores` are those of gate.window_scores.
+        An equal version is kept as it is.
         """
-        contents = _serialise(config, weights, adapter)
+        contents = _serialise(config, {WEIGHTS: weights, ADAPTER: adapter or {}, SCORES: scores or {}})
         draft = Manifest.model_validate({**manifest, "files": entries_of(contents)})
         complete = draft.model_copy(update={"version": draft.digest()})
-        target = self._home(complete.model) / complete.version
-        if target.exists():
-            return self.verify(f"{complete.model}@{complete.version}")
         contents[MANIFEST] = canonical_json(complete.model_dump(mode="json"))
-        write_directory(target, contents)
-        return complete
+        return self.put_files(complete, contents, reason=f"{complete.origin.kind} from {complete.origin.source}")
 
-    def set_alias(self, model: str, alias: str, version: str) -> None:
+    def put_files(self, manifest: Manifest, contents: Mapping[str, bytes], *, reason: str) -> Manifest:
+        """Store a version's files, its manifest among them, as they are; they have been verified."""
+        model, version = manifest.model, manifest.version
+        if self._has(model, version):
+            return self.verify(f"{model}@{version}")
+        self._at.publish(f"{model}/{version}", contents)
+        self._record(model, "put", reason, version=version)
+        return manifest
+
+    def set_alias(self, model: str, alias: str, version: str, *, reason: str | None = None) -> None:
         """Point `alias` at `version` (or at what another alias points at now) atomically."""
-        if not _NAME.fullmatch(alias) or _VERSION.fullmatch(alias):
-            raise StoreError(f"{alias!r} cannot be an alias: use lower-case letters, digits, dots and dashes")
+        if not _is_alias(alias) or alias == PREVIOUS:
+            raise StoreError(
+                f"{alias!r} cannot be an alias: use a symbol, or lower-case letters, digits, dots and dashes;"
+                f" `{PREVIOUS}` follows {PRODUCTION}"
+            )
         _, version = self.resolve(f"{model}@{version}")
-        with self._locked(model):
-            self._write_aliases(model, {**self.aliases(model), alias: version})
+        with self._at.locked(model):
+            self._point(model, alias, version)
+            self._record(model, "alias", reason, alias=alias, version=version)
 
-    def promote(self, reference: str, *, force: str | None = None) -> Manifest:
-        """Make a version its name's production version; the old one becomes `previous`.
+    def promote(
+        self, reference: str, *, symbol: str | None = None, force: str | None = None, reason: str | None = None
+    ) -> Manifest:
+        """Make a version its name's production version, or the one that serves `symbol` instead of it.
 
-        The gate verifies every hash and, where the current version has an evaluation, refuses a version without
-        one on the same test set, or with a worse one. `force` is the reason for overriding the latter.
+        The gate asks for every file as it was stored, runtimes that were compared with float32 and the forecast of the
+        canary; and, where the version that serves now has an evaluation, for one on the same test set that is not
+        worse. `force` is the reason for overriding the last. VerificationFailed or PromotionRefused say what is wrong.
         """
         if force is not None and not force.strip():
             raise PromotionRefused("an override needs a reason: --force REASON")
+        if symbol is not None and not _is_symbol(symbol):
+            raise StoreError(f"{symbol!r} cannot have a version of its own: use its upper-case name")
         model, version = self._promotable(reference)
-        manifest = self.verify(f"{model}@{version}")
-        with self._locked(model):
-            aliases = self.aliases(model)
-            current = aliases.get(PRODUCTION)
-            if current and current != version:
-                if force is None:
-                    _refuse_worse(manifest, self.manifest(f"{model}@{current}"))
-                aliases[PREVIOUS] = current
-            self._write_aliases(model, aliases | {PRODUCTION: version})
-            self._record(model, "promote", version=version, previous=current, force=force)
+        manifest, notes = self._check(f"{model}@{version}")
+        alias = symbol or PRODUCTION
+        with self._at.locked(model):
+            serving = self._pointer(model, alias) or self._pointer(model, PRODUCTION)
+            current = serving.version if serving else None
+            if current and current != version and force is None:
+                before = self.manifest(f"{model}@{current}")
+                notes += refuse_worse(self._judged(manifest), self._judged(before), symbol)
+            self._point(model, alias, version)
+            facts = {"symbol": symbol} if symbol else {}
+            self._record(model, "promote", reason, version=version, previous=current, force=force, gate=notes, **facts)
         return manifest
+
+    def rollback(self, model: str, *, symbol: str | None = None, reason: str | None = None) -> Manifest:
+        """Serve again what served before; done twice, it is undone.
+
+        A symbol whose first version is taken back is served by production's again. VersionNotFound where nothing
+        served before.
+        """
+        alias = symbol or PRODUCTION
+        pointer = self._pointer(model, alias)
+        if pointer is None or (pointer.previous is None and not symbol):
+            raise VersionNotFound(f"nothing served before as {model}{f' for {symbol}' if symbol else ''}")
+        manifest = self.verify(f"{model}@{pointer.previous or PRODUCTION}")
+        with self._at.locked(model):
+            if self._pointer(model, alias) != pointer:
+                raise StoreError(f"{model} was switched meanwhile: look at it again")
+            if pointer.previous:
+                self._point(model, alias, pointer.previous)
+            else:
+                self._at.remove(_path_of(model, alias))
+            facts = {"symbol": symbol} if symbol else {}
+            self._record(model, "rollback", reason, version=manifest.version, previous=pointer.version, **facts)
+        return manifest
+
+    def hold(self, model: str, versions: Iterable[str]) -> None:
+        """Keep `versions` from being deleted for ten minutes more, in the name of this process."""
+        lease = {"at": datetime.now(UTC).isoformat(), "versions": sorted(versions)}
+        self._at.write(f"{model}/in-use/{socket.gethostname()}-{os.getpid()}.json", canonical_json(lease))
+
+    def drop_old_leases(self, model: str) -> None:
+        """Of processes that are gone."""
+        for name, (run_out, _) in self._leases(model).items():
+            if run_out:
+                self._at.remove(f"{model}/in-use/{name}")
+
+    def delete(self, manifest: Manifest, *, reason: str | None = None) -> None:
+        """Delete a version that nothing uses; StoreError where something does."""
+        model, version = manifest.model, manifest.version
+        if version in self.used(model):
+            raise StoreError(f"{model}@{version} is in use")
+        self._at.withdraw(f"{model}/{version}")
+        self._record(model, "gc", reason, version=version)
+
+    def set_shadow(self, model: str, version: str, share: float, *, reason: str | None = None) -> None:
+        """Let `version` (or what an alias points at now) forecast beside production for `share` of the requests."""
+        if not 0 < share <= 1:
+            raise StoreError(f"the share of a shadow lies above 0 and at most at 1: {share} does not")
+        _, version = self.resolve(f"{model}@{version}")
+        with self._at.locked(model):
+            self._point(model, SHADOW, version, share)
+            self._record(model, "shadow", reason, version=version, share=share)
+
+    def end_shadow(self, model: str, *, reason: str | None = None) -> None:
+        """Let nothing forecast beside production any more."""
+        if self._pointer(model, SHADOW) is None:
+            return
+        self._at.remove(_path_of(model, SHADOW))
+        self._record(model, "shadow", reason, version=None)
 
     # -- private ---------------------------------------------------------------------------------
 
@@ -199,10 +304,11 @@ class ModelStore:
             raise VersionNotFound(f"the store has no model called {reference}")
         return self.resolve(f"{reference}@{self.aliases(reference).get(CANDIDATE, versions[-1])}")
 
-    def _home(self, model: str) -> Path:
-        if not _NAME.fullmatch(model):
-            raise VersionNotFound(f"{model!r} is not a model name")
-        return self.root / model
+    def _has(self, model: str, version: str) -> bool:
+        try:
+            return self._at.manifest(f"{model}/{version}") is not None
+        except VerificationFailed:
+            return True  # and it is broken
 
     def _created_at(self, model: str, version: str) -> str:
         try:
@@ -211,92 +317,133 @@ class ModelStore:
             return ""
 
     def _read_manifest(self, model: str, version: str) -> Manifest:
-        home = self._home(model) / version
-        if home.is_symlink():
-            raise VerificationFailed(f"{model}@{version} is a link")
-        with open_regular(home / MANIFEST) as file:
-            data = file.read(_MAX_JSON_BYTES)
-        try:
-            content = from_json(data)  # unlike json, it survives a thousand brackets
-            manifest, digest = Manifest.model_validate(content), version_of(content)
-        except ValueError as error:
-            raise VerificationFailed(f"{model}@{version}: {MANIFEST} is not a manifest: {error}") from error
-        if manifest.version != version or digest != version or manifest.model != model:
-            raise VerificationFailed(f"{model}@{version}: {MANIFEST} does not hash to its version")
-        return manifest
+        data = self._at.manifest(f"{model}/{version}")
+        if data is None:
+            raise VersionNotFound(f"the store has no {model}@{version}")
+        return parse_manifest(data, model, version)
 
     def _read_files(self, manifest: Manifest) -> dict[str, bytes]:
-        home = self._home(manifest.model) / manifest.version
-        what = f"{manifest.model}@{manifest.version}"
-        return read_listed(home, manifest.files, beside=frozenset({MANIFEST, RUNTIMES}), what=what)
+        path, what = f"{manifest.model}/{manifest.version}", f"{manifest.model}@{manifest.version}"
+        self._at.bring(path, manifest.files)
+        try:
+            return read_listed(self.root / path, manifest.files, beside=frozenset({MANIFEST, RUNTIMES}), what=what)
+        except VerificationFailed:
+            self._at.forget(path)
+            raise
 
-    def _write_aliases(self, model: str, aliases: Mapping[str, str]) -> None:
-        path = self._home(model) / "aliases.json"
-        temporary = path.with_suffix(".tmp")
-        write_synced(temporary, canonical_json(aliases))
-        os.replace(temporary, path)
-        sync_directory(path.parent)
+    def _read_file(self, manifest: Manifest, name: str) -> bytes:
+        """One small file, verified."""
+        data = self._at.read(f"{manifest.model}/{manifest.version}/{name}")
+        if data is None or entries_of({name: data})[name] != manifest.files.get(name):
+            raise VerificationFailed(f"{manifest.model}@{manifest.version}: {name} is not what was stored")
+        return data
 
-    def _record(self, model: str, event: str, **facts: str | None) -> None:
-        """One file per event, so that no two writers ever share one."""
+    def _judged(self, manifest: Manifest) -> Judged:
+        kept = SCORES in manifest.files
+        return Judged(manifest, load_tensors(self._read_file(manifest, SCORES)) if kept else {})
+
+    def _check(self, exact: str) -> tuple[Manifest, list[str]]:
+        """What the gate asks of a version by itself, and notes on it."""
+        manifest = self.manifest(exact)
+        self._at.check(f"{manifest.model}/{manifest.version}", manifest.files)
+        found = self.load(exact)
+        check_runtimes(self.root / manifest.model / manifest.version)
+        if manifest.canary is None:
+            return manifest, ["it carries no canary"]
+        return manifest, [refuse_unlike(manifest, manifest.canary, found.config, found.weights)]
+
+    def _leases(self, model: str) -> dict[str, tuple[bool, set[str]]]:
+        """By name, whether it has run out and the versions it holds."""
+        found = {}
+        for name, data in self._at.read_all(f"{model}/in-use").items():
+            try:
+                lease = _Lease.model_validate_json(data)
+            except ValidationError as error:
+                raise VerificationFailed(f"{model}: in-use/{name} is not a lease") from error
+            found[name] = datetime.now(UTC) - lease.at > _LEASE, lease.versions
+        return found
+
+    def _pointers(self, model: str) -> dict[str, Alias]:
+        _check_name(model)
+        found = self._at.read_all(f"{model}/aliases")
+        names = {name: name.removesuffix(".json") for name in found if name.endswith(".json")}
+        return {alias: _parse_alias(model, alias, found[name]) for name, alias in names.items() if _is_alias(alias)}
+
+    def _pointer(self, model: str, alias: str) -> Alias | None:
+        _check_name(model)
+        data = self._at.read(_path_of(model, alias)) if _is_alias(alias) else None
+        return None if data is None else _parse_alias(model, alias, data)
+
+    def _version_behind(self, model: str, alias: str) -> str | None:
+        pointer = self._pointer(model, PRODUCTION if alias == PREVIOUS else alias)
+        if pointer is None:
+            return None
+        return pointer.previous if alias == PREVIOUS else pointer.version
+
+    def _point(self, model: str, alias: str, version: str, share: float | None = None) -> None:
+        before = self._pointer(model, alias)
+        previous = before and (before.previous if before.version == version else before.version)
+        pointer = Alias(version=version, previous=previous, share=share)
+        self._at.write(_path_of(model, alias), canonical_json(pointer.model_dump(exclude_none=True)))
+
+    def _record(self, model: str, event: str, reason: str | None, **facts: Any) -> None:
+        """One object per event, so that no two writers ever share one."""
         now = datetime.now(UTC)
-        directory = self._home(model) / "audit"
-        directory.mkdir(exist_ok=True)
-        entry = {"at": now.isoformat(), "event": event, "by": _whoami(), **facts}
+        why = {"reason": reason} if reason else {}
+        entry = {"at": now.isoformat(), "event": event, "by": _whoami(), **facts, **why}
         name = f"{now:%Y%m%dT%H%M%S.%fZ}-{event}-{secrets.token_hex(4)}.json"
-        write_synced(directory / name, canonical_json(entry))
-
-    @contextlib.contextmanager
-    def _locked(self, model: str) -> Iterator[None]:
-        with open(self._home(model) / ".lock", "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+        self._at.write(f"{model}/audit/{name}", canonical_json(entry))
 
 
-def _serialise(
-    config: Mapping[str, Any],
-    weights: Mapping[str, torch.Tensor],
-    adapter: Mapping[str, torch.Tensor] | None = None,
-) -> dict[str, bytes]:
+def parse_manifest(data: bytes, model: str, version: str) -> Manifest:
+    """The manifest of `model`@`version`; VerificationFailed unless it is that."""
+    try:
+        content = from_json(data)  # unlike json, it survives a thousand brackets
+        manifest, digest = Manifest.model_validate(content), version_of(content)
+    except ValueError as error:
+        raise VerificationFailed(f"{model}@{version}: {MANIFEST} is not a manifest: {error}") from error
+    if manifest.version != version or digest != version or manifest.model != model:
+        raise VerificationFailed(f"{model}@{version}: {MANIFEST} does not hash to its version")
+    return manifest
+
+
+def _check_name(model: str) -> None:
+    if not _NAME.fullmatch(model):
+        raise VersionNotFound(f"{model!r} is not a model name")
+
+
+def _path_of(model: str, alias: str) -> str:
+    return f"{model}/aliases/{alias}.json"
+
+
+def _is_alias(name: str) -> bool:
+    return bool(_NAME.fullmatch(name) and not _VERSION.fullmatch(name)) or _is_symbol(name)
+
+
+def _is_symbol(name: str) -> bool:
+    return bool(_SYMBOL.fullmatch(name) and not _VERSION.fullmatch(name))
+
+
+def _parse_alias(model: str, alias: str, data: bytes) -> Alias:
+    try:
+        return Alias.model_validate_json(data)
+    except ValidationError as error:
+        raise VerificationFailed(f"{model}: aliases/{alias}.json is not an alias") from error
+
+
+def _serialise(config: Mapping[str, Any], tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, bytes]:
+    """By file name; a file of no tensors is none."""
     contents = {CONFIG: canonical_json(config)}
-    for name, tensors in ((WEIGHTS, weights), (ADAPTER, adapter)):
-        if tensors:
-            contents[name] = save_tensors({key: tensors[key].contiguous() for key in sorted(tensors)})
+    for name, found in tensors.items():
+        if found:
+            contents[name] = save_tensors({key: found[key].contiguous() for key in sorted(found)})
     return contents
 
 
-def _refuse_worse(new: Manifest, current: Manifest) -> None:
-    """PromotionRefused unless, wherever the current version's skill is known, the new one's on the very same test
-    set is known too and may, by its interval, be as high."""
-    for old in current.evaluations:
-        before = old.metrics.get(_GATE)
-        if before is None:
-            continue
-        scored = [fresh for fresh in new.evaluations if fresh.windows == old.windows and _GATE in fresh.metrics]
-        same = [fresh for fresh in scored if _test_set(fresh) == _test_set(old)]
-        if not same:
-            other = "was scored on another test set than" if scored else f"has no {_GATE} beside"
-            raise PromotionRefused(
-                f"{new.model}@{new.version} {other} the current version {current.version} on the"
-                f" {old.windows} windows: evaluate it on the same, or give --force REASON"
-            )
-        after = same[0].metrics[_GATE]
-        at_most = after.value if after.high is None else after.high
-        if at_most < before.value:
-            raise PromotionRefused(
-                f"{_GATE} on the {old.windows} windows is {after.value:+.4f} (at most {at_most:+.4f}),"
-                f" the current version's is {before.value:+.4f}: give --force REASON to promote it all the same"
-            )
-
-
-def _test_set(evaluation: Evaluation) -> tuple[object, ...]:
-    """What two evaluations must share for their scores to be comparable."""
-    e = evaluation
-    return e.windows, e.start, e.end, e.interval, e.horizon, sorted(e.symbols)
-
-
 def _whoami() -> str:
+    """user@host."""
     try:
-        return getpass.getuser()
+        user = getpass.getuser()
     except (KeyError, OSError):  # a container's numeric user has no name
-        return str(os.getuid())
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"

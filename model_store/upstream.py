@@ -12,11 +12,13 @@ from pydantic_core import from_json
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from model_store.canary import canary_of
 from model_store.files import StoreError
 from model_store.hub import SCHEME, fetch, is_snapshot, name_of, origin_of
 from model_store.legacy import read_legacy
 from model_store.manifest import Manifest
 from model_store.store import ModelStore
+from models.forecaster import InvalidModelOutput
 
 Weights = dict[str, torch.Tensor]
 Config = Mapping[str, Any]
@@ -88,8 +90,9 @@ def import_checkpoint(
     try:
         network = _read_legacy(place, config) if place.is_file() else _read_folder(place)
         checkpoint = _assemble(network, tokenizer)
-        limits = build_forecaster(checkpoint.family, checkpoint.config, checkpoint.weights).limits
-    except (KeyError, TypeError, ValueError) as error:
+        forecaster = build_forecaster(checkpoint.family, checkpoint.config, checkpoint.weights)
+        canary = canary_of(forecaster)
+    except (KeyError, TypeError, ValueError, InvalidModelOutput) as error:
         what = f"{_CONFIG} lacks {error}" if isinstance(error, KeyError) else error
         raise ImportRefused(f"{source}: {what}") from error
     known = store.find(name, checkpoint.config, checkpoint.weights)
@@ -99,7 +102,8 @@ def import_checkpoint(
         "model": name,
         "family": checkpoint.family,
         "origin": _origin(place, checkpoint.tokenizer, licence),
-        "limits": asdict(limits),
+        "limits": asdict(forecaster.limits),
+        "canary": canary,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     return store.put(manifest, checkpoint.config, checkpoint.weights)

@@ -23,6 +23,7 @@ from service.engine.cache import Cache
 from service.engine.door import Door
 from service.engine.engine import Engine
 from service.engine.history import History
+from service.engine.leases import announce
 from service.engine.registry import Build, Registry
 from service.engine.selection import Selection
 from service.engine.series import load_calendar
@@ -78,7 +79,7 @@ def build_services(settings: Settings, *, build: Build | None = None, now: Clock
     """The parts, of which nothing runs yet."""
     metrics = Metrics(CollectorRegistry(), role=settings.role, device=settings.device)
     state = State(settings.redis_url, settings.home, metrics)
-    store = ModelStore(settings.store_root)
+    store = ModelStore(settings.store_root, settings.home / "store-cache")
     selection = Selection(store, settings.home, settings.device, settings.runtime)
     batcher = Batcher(settings.max_batch_rows)
     nicknames = {"toto": settings.toto, "kronos": settings.kronos}
@@ -112,6 +113,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     services.engine.start()
     services.evaluator.start()
     lag = asyncio.create_task(services.metrics.watch_loop(), name="event loop lag")
+    leases = asyncio.create_task(announce(services.registry), name="leases")
     calendar = asyncio.create_task(load_calendar("XNYS"))  # takes a second; nobody waits for it here
     refresher = Refresher(services)
     refresher.start()
@@ -121,6 +123,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     finally:
         services.drain()
         lag.cancel()
+        leases.cancel()
         await refresher.stop()
         await services.engine.stop()
         await services.evaluator.stop()

@@ -119,7 +119,7 @@ class Clock:
 
 
 async def replay_from_nothing(
-    store_root: Path,
+    store_root: str | Path,
     references: Sequence[str],
     series: Sequence[Series],
     plan: Plan,

@@ -34,7 +34,9 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="Port for callers; 0 picks a free one.")
     admin_port: int = Field(8001, ge=0, le=65535, description="Port for /metrics; 0 picks a free one.")
     home: Path = Field(Path("var"), description="Folder for everything the service writes.")
-    store_root: Path = Field(Path("model_store/artifacts"), description="Folder of the model store.")
+    store_root: str | Path = Field(
+        "model_store/artifacts", description="The model store: a folder, or a URL such as s3://bucket/prefix."
+    )
     redis_url: str | None = Field(None, description="Redis to use; without it a private one runs under home.")
     toto: str = Field("toto-demo", description="The model that a request's `toto` means.")
     kronos: str = Field("kronos-demo", description="The model that a request's `kronos` means.")

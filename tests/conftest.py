@@ -1,7 +1,8 @@
 """Tiny networks of both families with random weights, for tests of what lies around them."""
 
+import hashlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,31 @@ def packaged_candles() -> Callable[[str], Path]:
     assert spec.origin is not None
     folder = Path(spec.origin).parent / "test"
     return lambda name: folder / name
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[str]:
+    """A bucket of a real S3 server, whose address and credentials are in the usual environment."""
+    import fsspec
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    usual = {"ENDPOINT_URL": f"http://{host}:{port}", "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (usual | {"DEFAULT_REGION": "us-east-1", "MAX_ATTEMPTS": "1"}).items():
+            patch.setenv(f"AWS_{name}", value)
+        fsspec.filesystem("s3").mkdir("candles")
+        yield "s3://candles"
+    fsspec.filesystem("s3").clear_instance_cache()
+    server.stop()
+
+
+@pytest.fixture
+def url(bucket: str, request: pytest.FixtureRequest) -> str:
+    """A prefix of its own in the bucket."""
+    return f"{bucket}/{hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:12]}"
 
 
 class Tiny(NamedTuple):

@@ -1,13 +1,15 @@
 """Rolling-origin scores of any forecaster, beside the naive forecast and a random walk on the same origins."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
+from model_store.gate import window_scores
 from model_store.manifest import Baseline, Evaluation
 from models import scoring
 from models.candles import CLOSE, Floats, interval_ms
@@ -142,6 +144,22 @@ def summary(scores: Scores, *, seed: int = 0) -> Evaluation:
         versus_naive=metrics.versus_naive(scores),
         ranked=metrics.ranked(facts),
     )
+
+
+def windows(parts: Iterable[Scores]) -> dict[str, Tensor]:
+    """What a version keeps of each window, for comparing it with another on the same."""
+    kept: dict[str, Tensor] = {}
+    for scores in parts:
+        facts = scores.outcomes
+        kept |= window_scores(
+            facts.part,
+            times=facts.origin_times,
+            symbols=np.unique(facts.symbols, return_inverse=True)[1],
+            positions=facts.positions,
+            errors=scores.errors,
+            naive_errors=scores.naive_errors,
+        )
+    return kept
 
 
 def _iso(millis: np.int64) -> str:

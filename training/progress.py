@@ -40,7 +40,7 @@ def bars(*, quiet: bool = False) -> Iterator[Track]:
 
 
 def train_all(
-    recipes: Sequence[Recipe], store_root: Path, home: Path, *, restart: bool = False, quiet: bool = False
+    recipes: Sequence[Recipe], store_root: str | Path, home: Path, *, restart: bool = False, quiet: bool = False
 ) -> list[Manifest]:
     """Train every recipe, each in a process of its own where there are several; the first failure is raised.
 
@@ -59,7 +59,7 @@ def train_all(
             return [future.result() for future in futures]
 
 
-def _train_apart(recipe: Recipe, store_root: Path, home: Path, restart: bool, updates: Any) -> Manifest:
+def _train_apart(recipe: Recipe, store_root: str | Path, home: Path, restart: bool, updates: Any) -> Manifest:
     return train(recipe, ModelStore(store_root), partial(_send, updates.put), home, restart=restart)
 
 

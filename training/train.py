@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model_store.canary import canary_of
 from model_store.manifest import Evaluation, Manifest, ModelLimits, Origin, TrainingRecord
 from model_store.store import CANDIDATE, PRODUCTION, LoadedVersion, ModelStore
 from models.families import build_forecaster
@@ -23,7 +24,7 @@ from models.toto.network import TotoConfig, TotoNetwork
 from models.toto.transform import transform_of
 from training import processes
 from training.candle_files import Series, digest
-from training.evaluate import baselines, evaluate, summary
+from training.evaluate import baselines, evaluate, summary, windows
 from training.initial import damp_residuals, start_at_random_walk, start_with_bits
 from training.loop import Judgement, Objective, Run, Selection, fit
 from training.losses import LOSSES
@@ -312,10 +313,11 @@ def publish(
         "training": _record(prepared, trained),
         "evaluations": tuple(summary(part) for part in scores.values()),
         "baselines": baselines(scores["test"]),
+        "canary": canary_of(forecaster),
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "code_revision": _revision(),
     }
-    return store.put(fields, recipe.network, trained.weights, trained.adapter)
+    return store.put(fields, recipe.network, trained.weights, trained.adapter, windows(scores.values()))
 
 
 def _origin(prepared: Prepared) -> Origin:

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -69,7 +68,6 @@ class Registry:
         metrics: Metrics,
     ) -> None:
         self.store = store
-        self._root = str(store.root)
         self.nicknames = nicknames
         self._selection = selection
         self._settled: dict[str, LoadedModel] = {}
@@ -77,7 +75,7 @@ class Registry:
         self._build = build
         self._device = device
         self._metrics = metrics
-        self._resolved: dict[str, tuple[tuple[int, int], str]] = {}
+        self._resolved: dict[str, tuple[str, str]] = {}
         self._noted: set[str] = set()
         self._loads: dict[str, asyncio.Task[LoadedModel]] = {}
         metrics.registry.register(Snapshot(self._as_metrics))
@@ -103,7 +101,7 @@ class Registry:
         name, reference = self._in_full(reference)
         stamp, exact = self._resolved.get(reference, (None, ""))
         load = self._loads.get(exact)
-        if load is None or not load.done() or stamp != self._stamp(name):
+        if load is None or not load.done() or stamp != self.store.stamp(name):
             return None
         return self._settled.get(exact) or load.result()
 
@@ -126,7 +124,7 @@ class Registry:
         """`name@version` of a reference; the store is read again only when an alias has moved."""
         name, reference = self._in_full(reference)
         known = self._resolved.get(reference)
-        stamp = self._stamp(name)  # before the aliases are read: one that moves meanwhile is noticed next time
+        stamp = self.store.stamp(name)  # before the aliases are read: one that moves meanwhile is noticed next time
         if known and known[0] == stamp:
             return known[1]
         exact = "@".join(await asyncio.to_thread(self.store.resolve, reference))
@@ -138,14 +136,6 @@ class Registry:
         name, at, wanted = reference.partition("@")
         name = self.nicknames.get(name, name)
         return name, f"{name}{at}{wanted}"
-
-    def _stamp(self, name: str) -> tuple[int, int]:
-        """Changes whenever the aliases do: they are replaced by rename."""
-        try:
-            found = os.stat(f"{self._root}/{name}/aliases.json")
-        except FileNotFoundError:
-            return (0, 0)
-        return (found.st_ino, found.st_mtime_ns)
 
     async def _load(self, exact: str) -> LoadedModel:
         name = exact.partition("@")[0]

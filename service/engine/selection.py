@@ -178,7 +178,7 @@ def _exact(manifest: Manifest) -> str:
 
 
 def time_again(
-    store_root: Path, references: Sequence[str], *, home: Path, device: str, threads: int | None
+    store_root: str | Path, references: Sequence[str], *, home: Path, device: str, threads: int | None
 ) -> dict[str, Choice]:
     """Choices made anew, by `name@version`; without `references`, of every model that is in production."""
     from models.families import build_forecaster  # both networks, which a service imports at its first load

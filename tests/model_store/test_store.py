@@ -283,19 +283,31 @@ def test_putting_a_version_again_finds_that_the_stored_one_is_broken(store: Mode
         put(store)
 
 
-@pytest.mark.parametrize("data", [b"", b"[]", b'{"production": 1}', b"\xff"])
-def test_a_broken_table_of_aliases_is_refused(store: ModelStore, home: Path, data: bytes) -> None:
-    (home.parent / "aliases.json").write_bytes(data)
-    with pytest.raises(VerificationFailed, match=r"aliases\.json is not a table of aliases"):
+@pytest.mark.parametrize(
+    "data", [b"", b"[]", b"{}", b"\xff", b'{"version": "../../outside"}', b'{"version": ""}', b"[" * 100_000]
+)
+def test_a_broken_alias_is_refused_and_its_neighbours_are_not(store: ModelStore, home: Path, data: bytes) -> None:
+    store.set_alias("demo", CANDIDATE, home.name)
+    (home.parent / "aliases" / "production.json").write_bytes(data)
+    with pytest.raises(VerificationFailed, match=r"demo: aliases/production\.json is not an alias"):
+        store.load("demo")
+    assert store.resolve("demo@candidate") == ("demo", home.name)
+
+
+def test_an_alias_that_is_a_link_is_refused(store: ModelStore, home: Path, tmp_path: Path) -> None:
+    store.set_alias("demo", PRODUCTION, home.name)
+    alias = home.parent / "aliases" / "production.json"
+    alias.rename(tmp_path / "elsewhere.json")
+    alias.symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(VerificationFailed, match=r"production\.json"):
         store.load("demo")
 
 
-def test_an_alias_of_something_else_finds_nothing(store: ModelStore, home: Path, tmp_path: Path) -> None:
-    (tmp_path / "outside").mkdir()
-    for target in ("../../outside", "aliases.json", "ffffffffffff", ""):
-        (home.parent / "aliases.json").write_text(json.dumps({"production": target}))
-        with pytest.raises(VersionNotFound):
-            store.load("demo")
+def test_an_alias_of_a_version_that_is_gone_finds_nothing(store: ModelStore, home: Path) -> None:
+    store.set_alias("demo", PRODUCTION, home.name)
+    (home.parent / "aliases" / "production.json").write_text('{"version": "ffffffffffff"}')
+    with pytest.raises(VersionNotFound, match=f"has no demo@production; it has: .*{home.name}"):
+        store.load("demo")
 
 
 # -- whole or absent ----------------------------------------------------------------------------
@@ -392,7 +404,9 @@ def test_an_alias_of_no_version_is_not_set(store: ModelStore) -> None:
     assert store.aliases("demo") == {}
 
 
-@pytest.mark.parametrize("alias", ["", "0123456789ab", "Production", "a b", "../x"])
+@pytest.mark.parametrize(
+    "alias", ["", "0123456789ab", "012345678901", "Production", "a b", "../x", "..", "A/B", "A" * 33, "previous"]
+)
 def test_a_name_that_cannot_be_an_alias_is_refused(store: ModelStore, home: Path, alias: str) -> None:
     with pytest.raises(StoreError, match="cannot be an alias"):
         store.set_alias("demo", alias, home.name)
@@ -420,12 +434,130 @@ def test_a_bare_name_promotes_the_candidate_or_else_the_newest(store: ModelStore
     assert store.promote("demo").version == versions[1]
 
 
+def test_a_symbol_has_a_version_of_its_own_that_is_promoted_by_itself(store: ModelStore) -> None:
+    first, second, third = (put(store, number) for number in range(3))
+    store.promote(f"demo@{first}")
+    store.promote(f"demo@{second}", symbol="BRK.B")
+    store.promote(f"demo@{third}", symbol="^GSPC")
+    assert store.aliases("demo") == {"production": first, "BRK.B": second, "^GSPC": third}
+    assert store.resolve("demo@BRK.B") == ("demo", second)
+    with pytest.raises(VersionNotFound):
+        store.resolve("demo@AAPL")
+
+
+@pytest.mark.parametrize("symbol", ["aapl", "", "../X", "012345678901", "A B"])
+def test_a_symbol_that_is_none_gets_no_version(store: ModelStore, home: Path, symbol: str) -> None:
+    with pytest.raises(StoreError, match="cannot have a version of its own"):
+        store.promote(f"demo@{home.name}", symbol=symbol)
+    assert store.aliases("demo") == {}
+
+
+def test_a_symbols_version_must_be_as_good_as_what_serves_the_symbol_now(store: ModelStore) -> None:
+    base, better, between = (put(store, n, **evaluated(skill)) for n, skill in enumerate((0.01, 0.03, 0.02)))
+    store.promote(f"demo@{base}")
+    store.promote(f"demo@{better}", symbol="AAPL")
+    with pytest.raises(PromotionRefused, match=r"is \+0\.0200.*\+0\.0300"):
+        store.promote(f"demo@{between}", symbol="AAPL")
+    store.promote(f"demo@{between}", symbol="IBM")
+    store.promote(f"demo@{between}")
+    assert store.aliases("demo") == {"production": between, "previous": base, "AAPL": better, "IBM": between}
+
+
+def test_a_shadow_has_a_share_until_it_is_ended(store: ModelStore, home: Path) -> None:
+    assert store.shadow("demo") is None
+    store.set_alias("demo", CANDIDATE, home.name)
+    store.set_shadow("demo", CANDIDATE, 0.25)
+    assert store.shadow("demo") == (home.name, 0.25)
+    assert store.resolve("demo@shadow") == ("demo", home.name)
+    store.end_shadow("demo")
+    store.end_shadow("demo")
+    assert store.shadow("demo") is None
+    assert [entry["version"] for entry in audit(store, "shadow")] == [home.name, None]
+
+
+@pytest.mark.parametrize("share", [0, -0.1, 1.1, float("nan")])
+def test_a_share_that_is_none_is_refused(store: ModelStore, home: Path, share: float) -> None:
+    with pytest.raises(StoreError, match="share of a shadow"):
+        store.set_shadow("demo", home.name, share)
+
+
+def test_the_stamp_moves_with_every_alias_and_with_nothing_else(store: ModelStore) -> None:
+    assert store.stamp("demo") == ""
+    first, second = put(store, 0), put(store, 1)
+    changes = [
+        lambda: store.set_alias("demo", CANDIDATE, second),
+        lambda: store.promote(f"demo@{first}"),
+        lambda: store.promote(f"demo@{second}"),
+        lambda: store.promote(f"demo@{first}"),
+        lambda: store.promote(f"demo@{second}", symbol="AAPL"),
+        lambda: store.set_shadow("demo", second, 0.1),
+        lambda: store.set_shadow("demo", second, 0.2),
+        lambda: store.end_shadow("demo"),
+    ]
+    stamps = [store.stamp("demo")]
+    for change in changes:
+        change()
+        stamps.append(store.stamp("demo"))
+    assert len(set(stamps)) == len(stamps)
+    put(store, 2)
+    store.aliases("demo")
+    store.verify("demo")
+    assert store.stamp("demo") == stamps[-1]
+
+
 def test_promoting_previous_takes_the_last_promotion_back(store: ModelStore) -> None:
     first, second = put(store, 0), put(store, 1)
     store.promote(f"demo@{first}")
     store.promote(f"demo@{second}")
     store.promote("demo@previous")
     assert store.aliases("demo") == {"production": first, "previous": second}
+
+
+def test_rollback_serves_what_served_before_and_done_twice_is_undone(store: ModelStore) -> None:
+    first, second = put(store, 0), put(store, 1)
+    store.promote(f"demo@{first}")
+    store.promote(f"demo@{second}")
+    assert store.rollback("demo", reason="too slow").version == first
+    assert store.aliases("demo") == {"production": first, "previous": second}
+    store.rollback("demo")
+    assert store.aliases("demo") == {"production": second, "previous": first}
+    entries = audit(store, "rollback")
+    assert [(e["version"], e["previous"], e.get("reason")) for e in entries] == [
+        (first, second, "too slow"),
+        (second, first, None),
+    ]
+
+
+def test_a_symbol_is_rolled_back_by_itself_at_last_to_what_serves_all(store: ModelStore) -> None:
+    base, first, second = (put(store, number) for number in range(3))
+    store.promote(f"demo@{base}")
+    store.promote(f"demo@{first}", symbol="AAPL")
+    store.promote(f"demo@{second}", symbol="AAPL")
+    assert store.rollback("demo", symbol="AAPL").version == first
+    assert store.aliases("demo")["AAPL"] == first
+    store.promote(f"demo@{second}", symbol="IBM")
+    assert store.rollback("demo", symbol="IBM").version == base
+    assert store.aliases("demo") == {"production": base, "AAPL": first}
+
+
+def test_without_anything_before_there_is_no_rollback(store: ModelStore, home: Path) -> None:
+    for symbol in (None, "AAPL"):
+        with pytest.raises(VersionNotFound, match="nothing served before"):
+            store.rollback("demo", symbol=symbol)
+    store.promote(f"demo@{home.name}")
+    with pytest.raises(VersionNotFound, match="nothing served before as demo"):
+        store.rollback("demo")
+    assert store.aliases("demo") == {"production": home.name}
+
+
+def test_a_rollback_to_broken_bytes_is_refused(store: ModelStore, home: Path) -> None:
+    store.promote(f"demo@{home.name}")
+    second = put(store, 1)
+    store.promote(f"demo@{second}")
+    (home / "config.json").write_bytes(b"{}")
+    with pytest.raises(VerificationFailed, match=r"config\.json"):
+        store.rollback("demo")
+    assert store.aliases("demo") == {"production": second, "previous": home.name}
 
 
 def test_promoting_an_unknown_model_is_refused(store: ModelStore) -> None:
@@ -501,20 +633,22 @@ def test_no_reason_overrides_broken_bytes(store: ModelStore, home: Path) -> None
     assert store.aliases("demo") == {}
 
 
-def audit(store: ModelStore) -> list[dict[str, Any]]:
-    return [json.loads(path.read_bytes()) for path in sorted((store.root / "demo" / "audit").iterdir())]
+def audit(store: ModelStore, event: str = "") -> list[dict[str, Any]]:
+    return [entry for entry in store.log("demo") if event in ("", entry["event"])]
 
 
-def test_each_promotion_leaves_a_file_that_says_who_when_and_what(store: ModelStore) -> None:
+def test_each_promotion_leaves_an_object_that_says_who_when_what_and_why(store: ModelStore) -> None:
     first, second = put(store, 0), put(store, 1)
     store.promote(f"demo@{first}")
-    store.promote(f"demo@{second}")
-    entries = audit(store)
-    assert [(e["event"], e["version"], e["previous"]) for e in entries] == [
-        ("promote", first, None),
-        ("promote", second, first),
+    store.promote(f"demo@{second}", reason="a longer context")
+    store.promote(f"demo@{first}", symbol="AAPL")
+    entries = audit(store, "promote")
+    assert [(e["version"], e["previous"], e.get("symbol"), e.get("reason")) for e in entries] == [
+        (first, None, None, None),
+        (second, first, None, "a longer context"),
+        (first, second, "AAPL", None),
     ]
-    assert all(e["by"] and e["at"].endswith("+00:00") for e in entries)
+    assert all("@" in e["by"] and e["at"].endswith("+00:00") for e in entries)
 
 
 # -- several processes at once ------------------------------------------------------------------
@@ -548,7 +682,7 @@ def test_processes_that_store_the_same_version_at_once_all_succeed(
 def test_no_promotion_of_many_at_once_is_lost(store: ModelStore, pool: ProcessPoolExecutor) -> None:
     versions = [put(store, number) for number in range(8)]
     list(pool.map(_promote_in_process, [str(store.root)] * 8, versions))
-    entries = audit(store)
+    entries = audit(store, "promote")
     assert sorted(entry["version"] for entry in entries) == sorted(versions)
     succession = {entry["previous"]: entry["version"] for entry in entries}
     assert len(succession) == 8, "two promotions replaced the same version"

@@ -131,7 +131,7 @@ async def test_a_broken_manifest_hides_no_other_model(
     version = put_naive("broken").version
     put_naive("tangled")
     (Path(store.root) / "broken" / version / "manifest.json").write_bytes(b"{")
-    (Path(store.root) / "tangled" / "aliases.json").write_bytes(b"[]")
+    (Path(store.root) / "tangled" / "aliases" / "production.json").write_bytes(b"[]")
     async with running() as (client, _):
         for _ in range(2):
             answer = await client.get("/models")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from model_store.manifest import ADAPTER, WEIGHTS
+from model_store.manifest import ADAPTER, SCORES, WEIGHTS
 from model_store.store import ModelStore
 from models.families import build_forecaster
 from models.forecaster import Sampling
@@ -68,7 +68,7 @@ def test_reload_gives_the_validation_metric_of_training(store, make_recipe, tmp_
     assert moved
     assert any(name.startswith(BACKBONES[family]) for name in moved) == (how != "head")
     assert not any(name.startswith("tokenizer.") for name in moved)
-    assert set(manifest.files) == {"config.json", WEIGHTS} | ({ADAPTER} if how == "lora" else set())
+    assert set(manifest.files) == {"config.json", WEIGHTS, SCORES} | ({ADAPTER} if how == "lora" else set())
     if how == "lora":
         again = merge_again(recipe, base, version.adapter)
         for name, tensor in again.items():

@@ -970,6 +970,27 @@ def shadow(
         click.echo(f"{name}@{version} forecasts {share:.0%} of requests too" if version else f"{name} has no shadow")
 
 
+@store.command()
+@click.argument("reference")
+@click.option(
+    "--key",
+    required=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="PEM file of the private Ed25519 key.",
+)
+@StoreRoot
+@JsonFlag
+def sign(reference: str, key: Path, store_root: Path, as_json: bool) -> None:
+    """Verify NAME, NAME@VERSION or NAME@ALIAS and sign it, for readers that trust the key's public half alone.
+
+    \b
+    Example: candlecast store sign toto-base@0123456789ab --key store.key
+    """
+    from model_store.store import ModelStore
+
+    _print_version(ModelStore(store_root).sign(reference, key), as_json, ["signed"])
+
+
 def parity_lines(parity: "Parity") -> list[str]:
     """The comparison with float32, for people."""
     worst = max(parity.functions.items(), key=lambda pair: pair[1])

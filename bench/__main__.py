@@ -7,7 +7,8 @@ from typing import Final
 
 import click
 
-from bench import capacity, curves, floor, forecasts, http
+from bench import capacity, curves, floor, forecasts, http, loading
+from bench.published import KRONOS, TOTO_BASE, toto_config
 from bench.run import RESULTS, Measure, run
 
 MEASURES: Final[Mapping[str, Measure]] = {
@@ -21,6 +22,8 @@ MEASURES: Final[Mapping[str, Measure]] = {
     "floor-32-paths": partial(floor.kronos_floor, symbols=1, paths=32),
     "floor-16-symbols": partial(floor.kronos_floor, symbols=16, paths=1),
     "floor-toto": floor.toto_floor,
+    "load-toto-base": partial(loading.load, name="toto-base", family="toto", config=toto_config(TOTO_BASE)),
+    "load-kronos-base": partial(loading.load, name="kronos-base", family="kronos", config=KRONOS["base"]),
     "http-overhead": http.overhead,
     "http-load": http.under_load,
     "http-cached": http.cached,

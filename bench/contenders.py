@@ -10,7 +10,6 @@ import torch
 from bench.facts import cpu_flags
 from model_store.artefacts import find_artefacts, machine_key, read_artefact
 from model_store.store import ModelStore
-from models.families import build_forecaster
 from models.forecaster import Forecaster
 from models.runtimes.cuda_graph import CudaGraphs
 from models.runtimes.functions import Executable
@@ -49,7 +48,7 @@ def export_all(store: ModelStore, reference: str, labels: Sequence[str], home: P
 def contenders(store: ModelStore, reference: str, home: Path, device: str) -> dict[str, Forecaster]:
     """Eager float32, every artefact, and graphs on a GPU, by runtime and dtype as the service names them."""
     version = store.load(reference)
-    eager = build_forecaster(version.manifest.family, version.config, version.weights, device)
+    eager = version.build(device)
     assert isinstance(eager, Executable)
     place = platform_name(torch.device(device))
     artefacts = find_artefacts(store, reference, platform=place, torch_version=torch.__version__)

@@ -62,6 +62,7 @@ def _tokenizer(group_size: int) -> dict[str, Any]:
 KRONOS: Final[dict[str, dict[str, Any]]] = {
     "mini": {"predictor": _kronos(4, 256, 4, 512), "tokenizer": _tokenizer(5), "context": 2048},
     "small": {"predictor": _kronos(8, 512, 8, 1024), "tokenizer": _tokenizer(4), "context": 512},
+    "base": {"predictor": _kronos(12, 832, 16, 2048), "tokenizer": _tokenizer(4), "context": 512},
 }
 
 KRONOS_TINY: Final[dict[str, Any]] = {

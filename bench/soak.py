@@ -27,10 +27,10 @@ _PATHS: Final = [{"samples": samples} for samples in (2, 4, 8)]
 _CACHE_BYTES: Final = 2**20  # full, and at work, long before the first size that counts
 
 
-def resident_bytes(process: int) -> int:
-    """Memory that a process holds."""
+def resident_bytes(process: int | str, kind: str = "VmRSS") -> int:
+    """Memory that a process holds; the most that it has held is of the kind VmHWM."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(kind))
 
 
 def mixed_bodies(seed: int = 0) -> Iterator[bytes]:

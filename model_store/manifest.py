@@ -3,10 +3,11 @@
 import hashlib
 import hmac
 import json
+from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 SCHEMA_VERSION: Final = 1
 MANIFEST, CONFIG, WEIGHTS, RUNTIMES = "manifest.json", "config.json", "weights.safetensors", "runtimes"
@@ -226,6 +227,37 @@ class Alias(BaseModel):
 def version_of(content: Mapping[str, Any]) -> str:
     """The version of a manifest as it was stored: fields that later releases add do not change it."""
     return hashlib.sha256(canonical_json({k: v for k, v in content.items() if k != "version"})).hexdigest()[:12]
+
+
+def strict_json(data: bytes | bytearray) -> dict[str, Any]:
+    """The object that `data` holds; ValueError if it is none, is nested too deeply, or names a key twice."""
+
+    def refused(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        content = json.loads(data.decode(), object_pairs_hook=_distinct, parse_constant=refused)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(content, dict):
+        raise ValueError("it is not an object")
+    return content
+
+
+def in_a_line(error: ValueError) -> str:
+    """What is wrong first, without the lines that pydantic draws around it."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc']))[:200]!r}: {first['msg']}"
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"it has {twice[:60]!r} twice")
+    return content
 
 
 def canonical_json(content: Any) -> bytes:

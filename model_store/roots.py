@@ -157,7 +157,8 @@ class LocalRoot:
         ]
 
     def manifest(self, version: str) -> bytes | None:
-        if (self.folder / version).is_symlink():
+        home = self.folder / version
+        if home.is_symlink() or home.parent.is_symlink():
             raise VerificationFailed(f"{version.replace('/', '@')} is a link")
         return self.read(f"{version}/{MANIFEST}")
 

@@ -7,16 +7,14 @@ import os
 import re
 import secrets
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from pydantic import BaseModel, ValidationError
-from pydantic_core import from_json
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from model_store.artefacts import check_runtimes
@@ -24,8 +22,10 @@ from model_store.files import (
     StoreError,
     VerificationFailed,
     VersionNotFound,
+    check_listing,
     entries_of,
-    read_listed,
+    read_file,
+    verify_file,
 )
 from model_store.gate import Judged, PromotionRefused, refuse_unlike, refuse_worse
 from model_store.manifest import (
@@ -38,9 +38,16 @@ from model_store.manifest import (
     Alias,
     Manifest,
     canonical_json,
+    in_a_line,
+    strict_json,
     version_of,
 )
 from model_store.roots import root_of
+from model_store.signatures import check_signature, signature_of, trusted_key
+from model_store.tensors import read_tensors, tensors_of
+
+if TYPE_CHECKING:
+    from models.forecaster import Forecaster
 
 CANDIDATE, PRODUCTION, PREVIOUS, SHADOW = "candidate", "production", "previous", "shadow"
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -65,6 +72,15 @@ class LoadedVersion:
     weights: Mapping[str, torch.Tensor]
     adapter: Mapping[str, torch.Tensor]  # what the weights have added in; mostly there is none
 
+    def build(self, device: str = "cpu") -> "Forecaster":
+        """What forecasts with it; VerificationFailed where the config and the tensors are not of one network."""
+        from models.families import build_forecaster  # the networks take a second to import
+
+        try:
+            return build_forecaster(self.manifest.family, self.config, self.weights, device)
+        except ValueError as error:
+            raise VerificationFailed(f"{self.manifest.model}@{self.manifest.version}: {error}") from error
+
 
 class ModelStore:
     """Versions under `<root>/<model>/<version>/`, each alias in `<root>/<model>/aliases/<alias>.json`.
@@ -73,9 +89,11 @@ class ModelStore:
     The root is a folder or a URL such as `s3://bucket/prefix`, whose versions are read through a mirror in `cache`.
     """
 
-    def __init__(self, root: str | Path, cache: Path | None = None) -> None:
+    def __init__(self, root: str | Path, cache: Path | None = None, public_key: Path | None = None) -> None:
+        """Where there is a `public_key`, or CANDLECAST_STORE_PUBLIC_KEY names one, it must have signed what is used."""
         self._at = root_of(root, cache or Path(os.environ.get("CANDLECAST_HOME", "var")) / "store-cache")
         self.root = self._at.folder
+        self._key = trusted_key(public_key)
 
     # -- reading ---------------------------------------------------------------------------------
 
@@ -133,28 +151,36 @@ class ModelStore:
 
     def config(self, manifest: Manifest) -> dict[str, Any]:
         """Its `config.json`, verified, without its weights."""
-        return dict(json.loads(self._read_file(manifest, CONFIG)))
+        return _parse_config(self._read_file(manifest, CONFIG), f"{manifest.model}@{manifest.version}")
 
     def verify(self, reference: str) -> Manifest:
         """Hash every file of the version; VerificationFailed names the first that differs."""
-        manifest = self.manifest(reference)
+        manifest = self._trusted(reference)
         self._at.check(f"{manifest.model}/{manifest.version}", manifest.files)
-        self._read_files(manifest)
+        self._hash(manifest)
         return manifest
 
     def files(self, reference: str) -> tuple[Manifest, dict[str, bytes]]:
         """The manifest, and the bytes of every file of the version, verified and with the manifest's own."""
         manifest = self.manifest(reference)
         data = self._at.manifest(f"{manifest.model}/{manifest.version}")
-        return manifest, {MANIFEST: data or b"", **self._read_files(manifest)}
+        with self._folder(manifest) as home:
+            contents = {
+                name: read_file(home / name, entry, f"{manifest.model}@{manifest.version}: {name}")
+                for name, entry in manifest.files.items()
+            }
+        return manifest, {MANIFEST: data or b"", **contents}
 
     def load(self, reference: str) -> LoadedVersion:
-        """The version's config and tensors; the bytes that were hashed are the bytes that are parsed."""
-        manifest = self.manifest(reference)
-        files = self._read_files(manifest)
-        config = json.loads(files[CONFIG])
-        weights = load_tensors(bytes(files[WEIGHTS])) if WEIGHTS in files else {}
-        adapter = load_tensors(bytes(files[ADAPTER])) if ADAPTER in files else {}
+        """The version's config and tensors; the bytes that were hashed are the bytes that are used."""
+        manifest = self._trusted(reference)
+        files, what = manifest.files, f"{manifest.model}@{manifest.version}"
+        with self._folder(manifest) as home:
+            config = _parse_config(read_file(home / CONFIG, files[CONFIG], f"{what}: {CONFIG}"), what)
+            weights, adapter = (
+                read_tensors(home / name, files[name], f"{what}: {name}") if name in files else {}
+                for name in (WEIGHTS, ADAPTER)
+            )
         return LoadedVersion(manifest, config, weights, adapter)
 
     def find(self, model: str, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> Manifest | None:
@@ -293,6 +319,16 @@ class ModelStore:
         self._at.remove(_path_of(model, SHADOW))
         self._record(model, "shadow", reason, version=None)
 
+    def sign(self, reference: str, key: Path, *, reason: str | None = None) -> Manifest:
+        """Verify a version and sign its manifest, `key` being the PEM file of a private Ed25519 key."""
+        model, version = self.resolve(reference)
+        data = self._manifest_data(model, version)
+        manifest = parse_manifest(data, model, version)
+        self._hash(manifest)
+        self._at.write(_signature_path(model, version), signature_of(data, key))
+        self._record(model, "sign", reason, version=version)
+        return manifest
+
     # -- private ---------------------------------------------------------------------------------
 
     def _promotable(self, reference: str) -> tuple[str, str]:
@@ -316,20 +352,43 @@ class ModelStore:
         except VerificationFailed:
             return ""
 
+    def _trusted(self, reference: str) -> Manifest:
+        """The manifest of a reference, signed where there is a key to trust."""
+        model, version = self.resolve(reference)
+        data = self._manifest_data(model, version)
+        if self._key:
+            check_signature(self._key, data, self._at.read(_signature_path(model, version)), f"{model}@{version}")
+        return parse_manifest(data, model, version)
+
     def _read_manifest(self, model: str, version: str) -> Manifest:
+        return parse_manifest(self._manifest_data(model, version), model, version)
+
+    def _manifest_data(self, model: str, version: str) -> bytes:
         data = self._at.manifest(f"{model}/{version}")
         if data is None:
             raise VersionNotFound(f"the store has no {model}@{version}")
-        return parse_manifest(data, model, version)
+        return data
 
-    def _read_files(self, manifest: Manifest) -> dict[str, bytes]:
+    @contextlib.contextmanager
+    def _folder(self, manifest: Manifest) -> Iterator[Path]:
+        """The folder that has the files of a version and no others; it is not to be trusted after a failure inside."""
         path, what = f"{manifest.model}/{manifest.version}", f"{manifest.model}@{manifest.version}"
+        if CONFIG not in manifest.files or manifest.files.keys() - {CONFIG, WEIGHTS, ADAPTER, SCORES}:
+            listed = ", ".join(sorted(manifest.files)) or "nothing"
+            raise VerificationFailed(f"{what}: {MANIFEST} lists {listed[:200]!r}")
         self._at.bring(path, manifest.files)
         try:
-            return read_listed(self.root / path, manifest.files, beside=frozenset({MANIFEST, RUNTIMES}), what=what)
+            beside = frozenset({MANIFEST, RUNTIMES})
+            check_listing(self.root / path, manifest.files, beside=beside, what=what)
+            yield self.root / path
         except VerificationFailed:
             self._at.forget(path)
             raise
+
+    def _hash(self, manifest: Manifest) -> None:
+        with self._folder(manifest) as home:
+            for name, entry in manifest.files.items():
+                verify_file(home / name, entry, f"{manifest.model}@{manifest.version}: {name}")
 
     def _read_file(self, manifest: Manifest, name: str) -> bytes:
         """One small file, verified."""
@@ -339,8 +398,10 @@ class ModelStore:
         return data
 
     def _judged(self, manifest: Manifest) -> Judged:
-        kept = SCORES in manifest.files
-        return Judged(manifest, load_tensors(self._read_file(manifest, SCORES)) if kept else {})
+        if SCORES not in manifest.files:
+            return Judged(manifest, {})
+        what = f"{manifest.model}@{manifest.version}: {SCORES}"
+        return Judged(manifest, tensors_of(self._read_file(manifest, SCORES), what))
 
     def _check(self, exact: str) -> tuple[Manifest, list[str]]:
         """What the gate asks of a version by itself, and notes on it."""
@@ -398,13 +459,20 @@ class ModelStore:
 def parse_manifest(data: bytes, model: str, version: str) -> Manifest:
     """The manifest of `model`@`version`; VerificationFailed unless it is that."""
     try:
-        content = from_json(data)  # unlike json, it survives a thousand brackets
+        content = strict_json(data)
         manifest, digest = Manifest.model_validate(content), version_of(content)
     except ValueError as error:
-        raise VerificationFailed(f"{model}@{version}: {MANIFEST} is not a manifest: {error}") from error
+        raise VerificationFailed(f"{model}@{version}: {MANIFEST} is not a manifest: {in_a_line(error)}") from error
     if manifest.version != version or digest != version or manifest.model != model:
         raise VerificationFailed(f"{model}@{version}: {MANIFEST} does not hash to its version")
     return manifest
+
+
+def _parse_config(data: bytes, what: str) -> dict[str, Any]:
+    try:
+        return strict_json(data)
+    except ValueError as error:
+        raise VerificationFailed(f"{what}: {CONFIG}: {error}") from error
 
 
 def _check_name(model: str) -> None:
@@ -414,6 +482,10 @@ def _check_name(model: str) -> None:
 
 def _path_of(model: str, alias: str) -> str:
     return f"{model}/aliases/{alias}.json"
+
+
+def _signature_path(model: str, version: str) -> str:
+    return f"{model}/signatures/{version}.ed25519"
 
 
 def _is_alias(name: str) -> bool:

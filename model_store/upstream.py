@@ -8,16 +8,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from pydantic_core import from_json
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from model_store.canary import canary_of
-from model_store.files import StoreError
+from model_store.files import StoreError, VerificationFailed, read_start
 from model_store.hub import SCHEME, fetch, is_snapshot, name_of, origin_of
 from model_store.legacy import read_legacy
-from model_store.manifest import Manifest
+from model_store.manifest import Manifest, strict_json
 from model_store.store import ModelStore
+from model_store.tensors import read_tensors
 from models.forecaster import InvalidModelOutput
 
 Weights = dict[str, torch.Tensor]
@@ -218,10 +216,10 @@ def _is_published(config: Config) -> bool:
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ImportRefused(f"{path.parent} has no {path.name}")
-    config = from_json(path.read_bytes())  # unlike json, it survives a thousand brackets
-    if not isinstance(config, dict):
-        raise ImportRefused(f"{path} does not hold an object")
-    return config
+    try:
+        return strict_json(read_start(path))
+    except ValueError as error:
+        raise ImportRefused(f"{path}: {error}") from error
 
 
 def _read_weights(folder: Path) -> Weights:
@@ -229,9 +227,9 @@ def _read_weights(folder: Path) -> Weights:
     if not path.is_file():
         raise ImportRefused(f"{folder} has no {_WEIGHTS}{_advice(folder)}")
     try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ImportRefused(f"{path} is not a safetensors file: {error}") from error
+        return read_tensors(path.resolve(), None, f"{path}")  # where the hub's links lead
+    except VerificationFailed as error:
+        raise ImportRefused(f"{error}") from error
 
 
 def _advice(folder: Path) -> str:
@@ -285,5 +283,6 @@ def _origin(place: Path, tokenizer: Path | None, licence: str | None) -> dict[st
 def _licence(folder: Path) -> str | None:
     """What the model card's front matter says."""
     card = folder / "README.md"
-    match = re.match(r"---\n(?:(?!---).*\n)*?license: *([\w.+-]+)", card.read_text()) if card.is_file() else None
+    text = read_start(card).decode(errors="replace") if card.is_file() else ""
+    match = re.match(r"---\n(?:(?!---).*\n)*?license: *([\w.+-]+)", text)
     return match[1] if match else None

@@ -7,6 +7,7 @@ import torch
 
 from models.forecaster import Forecaster
 from models.kronos.forecaster import KronosForecaster
+from models.layers import WeightsMismatch
 from models.naive import NaiveForecaster
 from models.toto.forecaster import TotoForecaster
 
@@ -23,6 +24,14 @@ FAMILIES: Final = tuple(_BUILDERS)
 def build_forecaster(family: str, config: Mapping[str, Any], weights: Weights, device: str = "cpu") -> Forecaster:
     """The forecaster of a version's `config.json` and tensors.
 
-    Raises WeightsMismatch naming every tensor that is missing, extra or of another shape.
+    It may share memory with the tensors. Raises WeightsMismatch, which names every tensor that is missing, extra or
+    of another shape, or what of the config describes no network; nothing is allocated before all that is compared.
     """
-    return _BUILDERS[family](config, weights, device)
+    try:
+        return _BUILDERS[family](config, weights, device)
+    except WeightsMismatch:
+        raise
+    except KeyError as error:
+        raise WeightsMismatch(f"{family} config lacks {error}") from error
+    except (LookupError, TypeError, ValueError) as error:
+        raise WeightsMismatch(str(error)) from error

@@ -1,15 +1,26 @@
 """What both networks share: products, RMSNorm, rotary embedding, SwiGLU, attention of paths, strict loading."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import copy
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+# Layers that Product.of joins: a file whose tensors are read side by side in this order is joined without a copy.
+JOINED: Final = (("q_proj", "k_proj", "v_proj"), ("w1", "w3"))
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 class WeightsMismatch(ValueError):
-    """The tensors of a checkpoint are not those of the network its config describes."""
+    """The tensors of a checkpoint are not those of a network that its config describes."""
 
 
 class RMSNorm(nn.Module):
@@ -42,8 +53,23 @@ class Product(nn.Linear):
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
 
+@torch.no_grad()
 def _joined(tensors: list[Tensor]) -> nn.Parameter:
-    return nn.Parameter(tensors[0] if len(tensors) == 1 else torch.cat(tensors).detach(), requires_grad=False)
+    first, rows = tensors[0], sum(len(tensor) for tensor in tensors)
+    if _side_by_side(tensors):
+        return nn.Parameter(first.as_strided((rows, *first.shape[1:]), first.stride()), requires_grad=False)
+    return nn.Parameter(torch.cat(tensors), requires_grad=False)
+
+
+def _side_by_side(tensors: Sequence[Tensor]) -> bool:
+    """Whether each begins in memory where the one before it ends."""
+    return all(
+        left.is_contiguous()
+        and right.is_contiguous()
+        and left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
+        and left.storage_offset() + left.numel() == right.storage_offset()
+        for left, right in itertools.pairwise(tensors)
+    )
 
 
 class Int8Product(nn.Module):
@@ -129,8 +155,41 @@ def on_device(arrays: Mapping[str, np.ndarray], device: torch.device) -> dict[st
     return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
 
 
+def copied_to(module: _Module, dtype: torch.dtype, kind: type[nn.Module] = nn.Module) -> _Module:
+    """A copy of `module` whose modules of `kind` have floating tensors of `dtype`; those are not copied as they are."""
+    converted: dict[int, Any] = {}
+    for each in module.modules():
+        if isinstance(each, kind):
+            for parameter in each.parameters(recurse=False):
+                converted[id(parameter)] = nn.Parameter(parameter.detach().to(dtype, copy=True), requires_grad=False)
+            for buffer in each.buffers(recurse=False):
+                if buffer.is_floating_point():
+                    converted[id(buffer)] = buffer.to(dtype, copy=True)
+    return copy.deepcopy(module, converted)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves the tensors of new layers as they are; on the meta device, filling them imports half of torch."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        fills = getattr(func, "__module__", "") == nn.init.__name__
+        return kwargs["tensor"] if fills else func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def shapes_alone() -> Iterator[None]:
+    """Networks that are made inside take no memory, until `load_strictly` gives them tensors."""
+    with torch.device("meta"), _Unfilled():
+        yield
+
+
 def load_strictly(network: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
-    """Load `weights` whole, in fp32; WeightsMismatch names every tensor that is missing, extra or misshapen."""
+    """Load `weights` whole, in fp32; WeightsMismatch names every tensor that is missing, extra or misshapen.
+
+    A network of shapes alone takes the tensors themselves, as far as they are fp32; others copy them.
+    """
     expected = network.state_dict()
     problems = [f"missing {name} {list(expected[name].shape)}" for name in expected if name not in weights]
     problems += [f"unexpected {name} {list(weights[name].shape)}" for name in weights if name not in expected]
@@ -139,10 +198,15 @@ def load_strictly(network: nn.Module, weights: Mapping[str, Tensor], what: str) 
         for name, tensor in weights.items()
         if name in expected and tensor.shape != expected[name].shape
     ]
-    problems += [
-        f"{name} holds NaN or infinity" for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())
-    ]
+    problems += [f"{name} is of {t.dtype}" for name, t in weights.items() if not t.is_floating_point()]
+    problems = problems or [f"{name} holds NaN or infinity" for name, t in weights.items() if not _is_finite(t)]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise WeightsMismatch(f"{what}: {shown}")
-    network.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    adopted = all(tensor.is_meta for tensor in expected.values())
+    network.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=adopted)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """One pass that writes nothing: isfinite takes twenty times as long."""
+    return not tensor.numel() or all(math.isfinite(edge) for edge in torch.aminmax(tensor.detach()))

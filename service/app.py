@@ -79,7 +79,7 @@ def build_services(settings: Settings, *, build: Build | None = None, now: Clock
     """The parts, of which nothing runs yet."""
     metrics = Metrics(CollectorRegistry(), role=settings.role, device=settings.device)
     state = State(settings.redis_url, settings.home, metrics)
-    store = ModelStore(settings.store_root, settings.home / "store-cache")
+    store = ModelStore(settings.store_root, settings.home / "store-cache", settings.store_public_key)
     selection = Selection(store, settings.home, settings.device, settings.runtime)
     batcher = Batcher(settings.max_batch_rows)
     nicknames = {"toto": settings.toto, "kronos": settings.kronos}

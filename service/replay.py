@@ -25,7 +25,6 @@ import torch
 from model_store.store import ModelStore
 from models.calendars import get_calendar, infer_calendar
 from models.candles import DAY_MS, Floats, Millis, interval_ms
-from models.families import build_forecaster
 from models.forecaster import Forecast, ForecastInput, batches, forecast, whole_power
 from models.scoring import block_length, group_name
 from service.api.forecasting import WITHOUT_WEIGHTS, forecast_input
@@ -141,7 +140,7 @@ async def replay_from_nothing(
 def _loaded(store: ModelStore, reference: str) -> LoadedModel:
     """By the eager float32 runtime, whose bits depend on no batch."""
     found = store.load(reference)
-    return LoadedModel(found.manifest, build_forecaster(found.manifest.family, found.config, found.weights))
+    return LoadedModel(found.manifest, found.build())
 
 
 def series_of(symbol: str, interval: str, timestamps: Millis, candles: Floats) -> Series:

@@ -37,6 +37,9 @@ class Settings(BaseSettings):
     store_root: str | Path = Field(
         "model_store/artifacts", description="The model store: a folder, or a URL such as s3://bucket/prefix."
     )
+    store_public_key: Path | None = Field(
+        None, description="PEM file of the Ed25519 key that versions must be signed by; without it none has to be."
+    )
     redis_url: str | None = Field(None, description="Redis to use; without it a private one runs under home.")
     toto: str = Field("toto-demo", description="The model that a request's `toto` means.")
     kronos: str = Field("kronos-demo", description="The model that a request's `kronos` means.")

@@ -80,7 +80,12 @@ def tinies() -> Callable[[int], dict[str, Tiny]]:
 @pytest.fixture(scope="session")
 def build_tiny(tiny: dict[str, Tiny]) -> Callable[..., Forecaster]:
     """A forecaster of its own, by family, whose weights a test may change."""
-    return lambda family, device="cpu": tiny[family].build(family, device)
+
+    def build(family: str, device: str = "cpu") -> Forecaster:
+        config, weights = tiny[family]
+        return Tiny(config, {name: tensor.clone() for name, tensor in weights.items()}).build(family, device)
+
+    return build
 
 
 @pytest.fixture(scope="session")

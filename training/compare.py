@@ -7,7 +7,6 @@ from datetime import date
 from pathlib import Path
 
 from model_store.store import ModelStore
-from models.families import build_forecaster
 from models.forecaster import DEFAULT_LOOKBACK, Forecaster, Sampling, served_sampling
 from training import candle_files
 from training.baselines import LOOKBACK, baseline
@@ -21,7 +20,7 @@ def load_forecaster(store: ModelStore, reference: str) -> tuple[str, Forecaster,
     """The name@version, forecaster, usual lookback and sampling defaults of a stored version."""
     version = store.load(reference)
     manifest = version.manifest
-    forecaster = build_forecaster(manifest.family, version.config, version.weights)
+    forecaster = version.build()
     usual = DEFAULT_LOOKBACK.get(manifest.family, manifest.limits.max_context)
     return (
         f"{manifest.model}@{manifest.version}",

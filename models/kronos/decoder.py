@@ -18,7 +18,7 @@ from models.kronos.network import DEPENDENCY_HEADS, TIME_FIELDS, Block, KronosPr
 from models.kronos.quantizer import pack_bits
 from models.kronos.sampling import sample
 from models.kronos.tokenizer import KronosTokenizer, code_of
-from models.layers import Int8Product, Product, branched_attention, merge_heads, split_heads, swiglu
+from models.layers import Int8Product, Product, branched_attention, copied_to, merge_heads, split_heads, swiglu
 
 
 class Tokens(NamedTuple):
@@ -225,7 +225,7 @@ class KronosDecoder(nn.Module):
                 setattr(copied, name, Int8Product(getattr(self, name)))
             return copied
         for name in ("blocks", "decoder", "dependency", "dependency_out", "expand", "coarse_head", "fine_head"):
-            setattr(copied, name, _products_to(copy.deepcopy(getattr(self, name)), dtype))
+            setattr(copied, name, copied_to(getattr(self, name), dtype, Product))
         copied.path_blocks, copied.path_dependency = copied.blocks, copied.dependency
         copied.query_table = self.query_table.to(dtype)
         return copied
@@ -329,14 +329,6 @@ def _halves(both: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values of the dependency layer, `[..., 4, T, D/4]`."""
     k, v = both.chunk(2, dim=-1)
     return split_heads(k, DEPENDENCY_HEADS), split_heads(v, DEPENDENCY_HEADS)
-
-
-def _products_to(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """`module` with the matrices of its products in `dtype`."""
-    for each in module.modules():
-        if isinstance(each, Product):
-            each.to(dtype)
-    return module
 
 
 def _in_int8(block: FusedBlock) -> FusedBlock:

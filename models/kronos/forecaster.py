@@ -10,6 +10,7 @@ from torch import Tensor
 
 from models.calendars import calendar_features
 from models.candles import AMOUNT, CLOSE, PRICES, VARIATES, Floats, floor_prices, repair_ohlc
+from models.configs import whole_number
 from models.forecaster import (
     QUANTILE_COLUMNS,
     Abandoned,
@@ -30,7 +31,7 @@ from models.forecaster import (
 from models.kronos.decoder import Cache, Controls, KronosDecoder, Tokens
 from models.kronos.network import KronosPredictor, PredictorConfig
 from models.kronos.tokenizer import KronosTokenizer, TokenizerConfig
-from models.layers import load_strictly, on_device
+from models.layers import load_strictly, on_device, shapes_alone
 from models.quantiles import parse_aggregate, path_quantiles, unreachable_levels
 from models.runtimes.functions import Functions, functions_of
 from models.uniforms import draw_uniforms
@@ -68,12 +69,17 @@ class KronosForecaster:
     @classmethod
     def from_weights(cls, config: Mapping[str, Any], weights: Mapping[str, Tensor], device: str) -> "KronosForecaster":
         """From a version's `config.json` and tensors; WeightsMismatch or ValueError if they do not fit."""
-        tokenizer = KronosTokenizer(TokenizerConfig.from_published(config["tokenizer"]))
-        predictor = KronosPredictor(PredictorConfig.from_published(config["predictor"]))
+        tokens = TokenizerConfig.from_published(config["tokenizer"])
+        network = PredictorConfig.from_published(config["predictor"])
+        if (tokens.s1_bits, tokens.s2_bits) != (network.s1_bits, network.s2_bits):
+            raise ValueError("Kronos config: the tokenizer and the predictor have tokens of different bits")
+        with shapes_alone():
+            tokenizer, predictor = KronosTokenizer(tokens), KronosPredictor(network)
         both = torch.nn.ModuleDict({"tokenizer": tokenizer, "predictor": predictor})
         load_strictly(both, weights, "Kronos")
         both.to(device)
-        return cls(tokenizer, predictor, max_context=config["context"], anchor=config.get("anchor", False))
+        context = whole_number(config["context"], "context")
+        return cls(tokenizer, predictor, max_context=context, anchor=config.get("anchor", False))
 
     def executed_by(self, functions: Functions, *, fours: bool = True) -> Self:
         other = copy.copy(self)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.configs import check_fields, check_heads, shown
 from models.layers import RMSNorm, merge_heads, rotary_angles, split_heads, swiglu
 
 NORM_EPS = 1e-5
@@ -37,7 +38,11 @@ class PredictorConfig:
     @classmethod
     def from_published(cls, config: Mapping[str, Any]) -> "PredictorConfig":
         """Read the published layout; ValueError names unknown or missing keys."""
-        return cls(**known_keys(cls, config, "Kronos predictor"))
+        found = cls(**known_keys(cls, config, "Kronos predictor"))
+        check_fields(found, "Kronos predictor")
+        for heads in (found.n_heads, DEPENDENCY_HEADS):
+            check_heads(found.d_model, heads, "Kronos predictor")
+        return found
 
 
 def known_keys(cls: type, config: Mapping[str, Any], what: str) -> dict[str, Any]:
@@ -45,7 +50,8 @@ def known_keys(cls: type, config: Mapping[str, Any], what: str) -> dict[str, Any
     names = {field.name for field in fields(cls)}
     unknown, missing = set(config) - names - _IGNORED, names - set(config)
     if unknown or missing:
-        raise ValueError(f"{what} config: unknown keys {sorted(unknown)}, missing keys {sorted(missing)}")
+        keys = f"unknown keys {shown(sorted(unknown))}, missing keys {sorted(missing)}"
+        raise ValueError(f"{what} config: {keys}")
     return {name: config[name] for name in names}
 
 
@@ -65,6 +71,9 @@ class SelfAttention(nn.Module):
 
     def attend(self, queries: Tensor, context: Tensor, rotary: "Rotary | None") -> Tensor:
         """Causal attention of `queries` `[B, T, D]` over `context` `[B, T, D]`."""
+        if context.shape[1] == 1:  # whatever it asks, it sees itself
+            alone: Tensor = self.out_proj(self.v_proj(context))
+            return alone
         q = split_heads(self.q_proj(queries), self.heads)
         k = split_heads(self.k_proj(context), self.heads)
         v = split_heads(self.v_proj(context), self.heads)

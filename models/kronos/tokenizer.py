@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.candles import CLOSE
+from models.configs import check_fields, check_heads
 from models.kronos.network import Block, known_keys
 from models.kronos.quantizer import pack_bits, quantize, unpack_bits
 
@@ -35,7 +36,10 @@ class TokenizerConfig:
     @classmethod
     def from_published(cls, config: Mapping[str, Any]) -> "TokenizerConfig":
         """Read the published layout; ValueError names unknown or missing keys."""
-        return cls(**known_keys(cls, config, "Kronos tokenizer"))
+        found = cls(**known_keys(cls, config, "Kronos tokenizer"))
+        check_fields(found, "Kronos tokenizer")
+        check_heads(found.d_model, found.n_heads, "Kronos tokenizer")
+        return found
 
 
 class KronosTokenizer(nn.Module):

@@ -6,7 +6,6 @@ its context (the prefix); each path owns those of its drawn patches.
 Axes: B series, V variates, S paths, P patches, L time-wise layers, N heads, W head width, D width, K components.
 """
 
-import copy
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import branched_attention, merge_heads, rotary_angles, swiglu
+from models.layers import branched_attention, copied_to, merge_heads, rotary_angles, swiglu
 from models.toto.network import XPOS_BASE, Layer, Mixture, TotoNetwork
 from models.toto.scaler import Statistics, causal_patch_scale, extend
 
@@ -194,15 +193,17 @@ class TotoDecoder(nn.Module):
     def __init__(self, network: TotoNetwork) -> None:
         super().__init__()
         self.config = network.config
+        with torch.no_grad():
+            weight, bias = network.composed_head(torch.float64)
+        self.register_buffer("head", weight.flatten(0, 1).float())  # [S * 4K, D]
+        self.register_buffer("head_bias", bias.flatten().float())
+        del weight  # before the layers take more
         self.patch_embed = network.patch_embed
         layers = cast(list[Layer], list(network.transformer.layers))
         self.layers = nn.ModuleList(ServedLayer(layer) for layer in layers)
         timewise = [index for index, layer in enumerate(layers) if not layer.spacewise]
         self._timewise = len(timewise)
         self._last_timewise = timewise[-1] if timewise else 0
-        weight, bias = network.composed_head(torch.float64)
-        self.register_buffer("head", weight.detach().flatten(0, 1).float())  # [S * 4K, D]
-        self.register_buffer("head_bias", bias.detach().flatten().float())
 
     # -- the four functions ----------------------------------------------------------------------
 
@@ -286,7 +287,7 @@ class TotoDecoder(nn.Module):
         """A copy whose weights are of `dtype`; ValueError for int8."""
         if dtype == torch.int8:
             raise ValueError("Toto reads its weights once per pass: int8 gains nothing, use bfloat16")
-        return copy.deepcopy(self).to(dtype)
+        return copied_to(self, dtype)
 
     @property
     def patch_bytes(self) -> int:

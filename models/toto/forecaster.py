@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from models.candles import CLOSE, HIGH, OPEN, VARIATES, VOLUME, Floats, floor_prices, repair_ohlc
+from models.configs import finite_number, whole_number
 from models.forecaster import (
     QUANTILE_COLUMNS,
     Abandoned,
@@ -27,7 +28,7 @@ from models.forecaster import (
     pad_rows,
     whole_power,
 )
-from models.layers import load_strictly, on_device
+from models.layers import load_strictly, on_device, shapes_alone
 from models.runtimes.functions import Functions, functions_of
 from models.toto.decoder import TAIL, Cache, Projected, TotoDecoder
 from models.toto.mixture import cdf, mean, quantiles, tabulate
@@ -85,13 +86,16 @@ class TotoForecaster:
     @classmethod
     def from_weights(cls, config: Mapping[str, Any], weights: Mapping[str, Tensor], device: str) -> "TotoForecaster":
         """From a version's `config.json` and tensors; WeightsMismatch or ValueError if they do not fit."""
-        network = TotoNetwork(TotoConfig.from_published(config["network"]))
+        with shapes_alone():
+            network = TotoNetwork(TotoConfig.from_published(config["network"]))
         load_strictly(network, weights, "Toto")
         scales = config.get("log_scales")
         return cls(
             network.to(device),
-            max_context=config["max_context"],
-            log_scales=(float(scales[0]), float(scales[1])) if scales else None,
+            max_context=whole_number(config["max_context"], "max_context"),
+            log_scales=(finite_number(scales[0], "log_scales"), finite_number(scales[1], "log_scales"))
+            if scales
+            else None,
             chain_opens=config.get("chain_opens", False),
         )
 

@@ -6,12 +6,13 @@ Axes: B batch, V variates, T time, P patches, D width, N heads, K mixture compon
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.configs import check_fields, check_heads, finite_number, shown, whole_number
 from models.layers import RMSNorm, merge_heads, rotary_angles, swiglu
 from models.toto.scaler import causal_patch_scale
 
@@ -30,7 +31,7 @@ class TotoConfig:
     num_layers: int
     num_heads: int
     mlp_hidden_dim: int
-    spacewise_every_n_layers: int
+    spacewise_every_n_layers: int | Literal[-1]
     spacewise_first: bool
     components: int
     scale_exponent: float | None
@@ -39,20 +40,27 @@ class TotoConfig:
     def from_published(cls, config: Mapping[str, Any]) -> "TotoConfig":
         """Read the published layout; ValueError names what this implementation does not know."""
         known = dict(config)
-        scale_exponent: float | None = float(known.pop("scale_factor_exponent", 10.0))
+        scale_exponent: float | None = finite_number(
+            known.pop("scale_factor_exponent", 10.0), "Toto config: scale_factor_exponent"
+        )
         if not known.pop("stabilize_with_global", True):
             scale_exponent = None
         for key, expected in (("scaler_cls", _SCALER), ("output_distribution_classes", [_MIXTURE])):
             if (found := known.pop(key)) != expected:
-                raise ValueError(f"Toto config: {key} {found!r} is not supported, only {expected!r}")
+                raise ValueError(f"Toto config: {key} {shown(found)} is not supported, only {expected!r}")
         if known.pop("stride") != known["patch_size"]:
             raise ValueError("Toto config: stride must equal patch_size")
-        components = int((known.pop("output_distribution_kwargs") or {})["k_components"])
+        components = (known.pop("output_distribution_kwargs") or {})["k_components"]
         unknown = set(known) - {f.name for f in fields(cls)} - _IGNORED
         if unknown:
-            raise ValueError(f"Toto config: unknown keys {sorted(unknown)}")
+            raise ValueError(f"Toto config: unknown keys {shown(sorted(unknown))}")
         rest = {key: value for key, value in known.items() if key not in _IGNORED}
-        return cls(**rest, components=components, scale_exponent=scale_exponent)
+        network = cls(**rest, components=components, scale_exponent=scale_exponent)
+        check_fields(network, "Toto")
+        check_heads(network.embed_dim, network.num_heads, "Toto")
+        if (every := network.spacewise_every_n_layers) != -1:
+            whole_number(every, "Toto config: spacewise_every_n_layers")
+        return network
 
     def is_spacewise(self, layer: int) -> bool:
         """Whether a layer attends across variates instead of time."""
@@ -220,12 +228,15 @@ class TotoNetwork(nn.Module):
         return x
 
     def composed_head(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """Unembedding and mixture head as one map `[S, 4K, D]` and bias `[S, 4K]`: both are linear."""
+        """Unembedding and mixture head as one map `[S, 4K, D]` and bias `[S, 4K]`: both are linear.
+
+        A few steps at a time: the unembedding is a quarter of all weights, and is never converted whole.
+        """
         S, D = self.config.patch_size, self.config.embed_dim
         head, bias = (part.to(dtype) for part in self.output_distribution.stacked())
-        unembed, unembed_bias = self.unembed.weight.to(dtype), self.unembed.bias.to(dtype)
-        weight = torch.einsum("kd,sde->ske", head, unembed.view(S, D, D))
-        return weight, unembed_bias.view(S, D) @ head.T + bias
+        steps = self.unembed.weight.view(S, D, D).split(4)
+        weight = torch.cat([head @ some.to(dtype) for some in steps])
+        return weight, self.unembed.bias.to(dtype).view(S, D) @ head.T + bias
 
     @staticmethod
     def mixture(projected: Tensor) -> Mixture:

@@ -158,7 +158,10 @@ class Registry:
 
     def _read(self, exact: str) -> LoadedModel:
         found = self.store.load(exact)
-        forecaster = self._build(found.manifest.family, found.config, found.weights, self._device)
+        try:
+            forecaster = self._build(found.manifest.family, found.config, found.weights, self._device)
+        except ValueError as error:
+            raise VerificationFailed(f"{exact}: {error}") from error
         return LoadedModel(found.manifest, forecaster, settled=not self._selection.is_open(found.manifest))
 
     async def _settle(self, exact: str, eager: LoadedModel) -> None:

@@ -181,8 +181,6 @@ def time_again(
     store_root: str | Path, references: Sequence[str], *, home: Path, device: str, threads: int | None
 ) -> dict[str, Choice]:
     """Choices made anew, by `name@version`; without `references`, of every model that is in production."""
-    from models.families import build_forecaster  # both networks, which a service imports at its first load
-
     if threads:
         torch.set_num_threads(threads)  # a choice holds for the service's number of threads
     store = ModelStore(store_root)
@@ -191,7 +189,7 @@ def time_again(
     choices = {}
     for reference in wanted:
         version = store.load(reference)
-        eager = build_forecaster(version.manifest.family, version.config, version.weights, device)
+        eager = version.build(device)
         choices[_exact(version.manifest)], _ = selection.settle(version.manifest, eager, again=True)
     return choices
 

@@ -205,8 +205,7 @@ def test_half_precision_is_stored_as_it_came_and_forecasts_as_the_same_numbers_i
 def test_a_kronos_of_the_published_size_forecasts_as_the_reference_that_wrote_it(
     store: ModelStore, tmp_path: Path, size: str
 ) -> None:
-    base = {"n_layers": 12, "d_model": 832, "n_heads": 16, "ff_dim": 2048}
-    config = KRONOS.get(size) or KRONOS["small"] | {"predictor": KRONOS["small"]["predictor"] | base}
+    config = KRONOS[size]
     networks = build_kronos(config)
     for network, folder in zip(networks, (tmp_path / "Kronos" / "tokenizer", tmp_path / "Kronos"), strict=True):
         with warnings.catch_warnings():

@@ -13,7 +13,14 @@ import click
 if TYPE_CHECKING:
     from model_store.manifest import Manifest, Parity
     from model_store.store import ModelStore
+    from training.recipe import Recipe
 
+
+def _listed(_: click.Context, __: click.Parameter, text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+Day = click.DateTime(["%Y-%m-%d"])
 JsonFlag = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 StoreRoot = click.option(
     "--store",
@@ -89,7 +96,8 @@ def serve(folder: Path | None, as_json: bool) -> None:
     """
     import threading
 
-    from service.main import Listening, serve
+    from service.listening import Listening
+    from service.main import serve
     from service.settings import Settings
 
     def announce(listening: Listening) -> None:
@@ -144,7 +152,9 @@ def health(host: str, port: int, as_json: bool) -> None:
     """
     from http.client import HTTPConnection, HTTPException
 
-    connection = HTTPConnection({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port, timeout=3)
+    from service.listening import reachable
+
+    connection = HTTPConnection(reachable(host), port, timeout=3)
     try:
         connection.request("GET", "/readyz")
         answer = connection.getresponse()
@@ -257,10 +267,10 @@ def forecasts() -> None:
 @forecasts.command("export")
 @click.argument("path", metavar="FILE.parquet", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--as-of", help="Only what had been issued by this instant, such as 2026-03-02T14:00Z; default: now.")
-@click.option("--symbols", default="", help="Comma-separated; default: all.")
+@click.option("--symbols", default="", callback=_listed, help="Comma-separated; default: all.")
 @ServiceUrl
 @JsonFlag
-def export_forecasts(path: Path, as_of: str | None, symbols: str, url: str, as_json: bool) -> None:
+def export_forecasts(path: Path, as_of: str | None, symbols: list[str], url: str, as_json: bool) -> None:
     """Write one row for every step of the forecasts whose candles came within a week, or have not come yet.
 
     \b
@@ -276,7 +286,7 @@ def export_forecasts(path: Path, as_of: str | None, symbols: str, url: str, as_j
     if instant and instant.tzinfo is None:
         instant = instant.replace(tzinfo=UTC)
     with closing(Service(url, say=_complain)) as service:
-        table = served_forecasts(service, [name.strip() for name in symbols.split(",") if name.strip()], instant)
+        table = served_forecasts(service, symbols, instant)
     write_parquet(table, path)
     names = sorted(set(table["symbol"]))
     told = json.dumps({"path": str(path), "rows": len(table), "symbols": names})
@@ -301,9 +311,11 @@ def data() -> None:
 
 @data.command("check")
 @click.argument("folder", default=Path("data/samples"), type=CandleFolder)
-@click.option("--val-from", help="Training ends here, such as 2009-01-01; default: after 70 % of all candles.")
-@click.option("--test-from", help="The test's targets begin here; default: after 85 %.")
-@click.option("--unseen", default="", help="Comma-separated symbols to be held out of training.")
+@click.option(
+    "--val-from", type=Day, help="Training ends here, such as 2009-01-01; default: after 70 % of all candles."
+)
+@click.option("--test-from", type=Day, help="The test's targets begin here; default: after 85 %.")
+@click.option("--unseen", default="", callback=_listed, help="Comma-separated symbols to be held out of training.")
 @click.option("--horizon", type=click.IntRange(1), default=64, show_default=True, help="Candles between two parts.")
 @click.option("--calendar", default="auto", show_default=True, help="24/7, 24/5 or an exchange such as XNYS.")
 @click.option(
@@ -360,6 +372,7 @@ def train(
     """Train every RECIPE side by side, evaluate it and put the version into the store.
 
     A run that was ended early goes on where it was: with the same recipe and candles, to the same weights.
+    With per_symbol in its [tune], a recipe makes one version for each symbol; those that are there already stay.
     For several processes: torchrun --nproc-per-node 2 -m candlecast train RECIPE
 
     \b
@@ -375,6 +388,11 @@ def train(
         recipes = [recipe.with_roots(train_root, val_root, test_root) for recipe in recipes]
     elif train_root or val_root or test_root:
         raise click.UsageError("--train-root and --test-root go together")
+    if any(recipe.tune and recipe.tune.per_symbol for recipe in recipes):
+        if len(recipes) > 1:
+            raise click.UsageError("a recipe with per_symbol is trained alone")
+        _train_per_symbol(recipes[0], store, home, restart, as_json)
+        return
     there = [r.name for r in recipes if if_missing and PRODUCTION in store.aliases(r.name)]
     missing = [recipe for recipe in recipes if recipe.name not in there]
     manifests = [store.manifest(name) for name in there]
@@ -388,10 +406,31 @@ def train(
         _print_version(manifest, as_json, [*notes, *(verdict(evaluation) for evaluation in manifest.evaluations)])
 
 
+def _train_per_symbol(recipe: "Recipe", store: "ModelStore", home: Path, restart: bool, as_json: bool) -> None:
+    from rich.console import Console
+
+    from training.per_symbol import outcomes_table, train_per_symbol
+    from training.progress import bars
+
+    with bars(quiet=as_json) as track:
+        outcomes = train_per_symbol(recipe, store, track, home, restart=restart)
+    if as_json:
+        click.echo(json.dumps([outcome.as_json() for outcome in outcomes]))
+    else:
+        Console(width=120).print(outcomes_table(outcomes))
+    trained = [outcome for outcome in outcomes if outcome.manifest]
+    if trained and not as_json:
+        first = trained[0]
+        click.echo(f"serve one: candlecast store promote {first.reference} --symbol {first.symbol}")
+    if len(trained) < len(outcomes):
+        raise click.ClickException(f"{len(outcomes) - len(trained)} of {len(outcomes)} symbols failed")
+
+
 @main.command()
-@click.option("--models", "names", required=True, help="Comma-separated names or name@version.")
+@click.option("--models", "names", required=True, callback=_listed, help="Comma-separated names or name@version.")
 @click.option(
     "--baselines",
+    callback=_listed,
     default="naive,ewma",
     show_default=True,
     help="Also of: seasonal, drift; autoets, autotheta with `pip install 'candlecast[stats]'`.",
@@ -410,9 +449,11 @@ def train(
 @click.option(
     "--samples", type=click.IntRange(1), default=64, show_default=True, help="Paths, where a model draws them."
 )
-@click.option("--val-from", default="2009-01-01", show_default=True, help="Training ends here.")
-@click.option("--test-from", default="2010-06-01", show_default=True, help="The test's targets begin here.")
-@click.option("--unseen", default="IBM", show_default=True, help="Comma-separated symbols held out of training.")
+@click.option("--val-from", type=Day, default="2009-01-01", show_default=True, help="Training ends here.")
+@click.option("--test-from", type=Day, default="2010-06-01", show_default=True, help="The test's targets begin here.")
+@click.option(
+    "--unseen", default="IBM", show_default=True, callback=_listed, help="Comma-separated symbols held out of training."
+)
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
@@ -422,7 +463,13 @@ def train(
 @StoreRoot
 @JsonFlag
 def evaluate(
-    names: str, baselines: str, folder: Path, store_root: str, as_json: bool, out: Path | None, **options: Any
+    names: list[str],
+    baselines: list[str],
+    folder: Path,
+    store_root: str,
+    as_json: bool,
+    out: Path | None,
+    **options: Any,
 ) -> None:
     """Score models side by side by rolling origins, beside forecasts that need no training.
 
@@ -437,9 +484,8 @@ def evaluate(
     from training.report import as_json as entries_json
     from training.report import table, write_report
 
-    rivals = [name for name in baselines.split(",") if name]
     with bars(quiet=as_json) as track:
-        judged = compare(ModelStore(store_root), names.split(","), rivals, folder, track=track, **options)
+        judged = compare(ModelStore(store_root), names, baselines, folder, track=track, **options)
     entries = [(each.name, each.evaluation) for each in judged]
     if as_json:
         click.echo(json.dumps(entries_json(entries)))
@@ -452,7 +498,14 @@ def evaluate(
 
 @main.command()
 @click.argument("folder", default=Path("data/samples"), type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--models", "names", default="toto-demo,kronos-demo", show_default=True, help="Names in the store.")
+@click.option(
+    "--models",
+    "names",
+    default="toto-demo,kronos-demo",
+    show_default=True,
+    callback=_listed,
+    help="Names in the store.",
+)
 @click.option("--from", "day", help="First day to forecast from; default: what no model was trained or validated on.")
 @click.option("--every", type=click.IntRange(1), default=40, show_default=True, help="Candles between two forecasts.")
 @click.option("--horizon", type=click.IntRange(1), default=30, show_default=True)
@@ -460,7 +513,14 @@ def evaluate(
 @StoreRoot
 @JsonFlag
 def replay(
-    folder: Path, names: str, day: str | None, every: int, horizon: int, speed: str, store_root: str, as_json: bool
+    folder: Path,
+    names: list[str],
+    day: str | None,
+    every: int,
+    horizon: int,
+    speed: str,
+    store_root: str,
+    as_json: bool,
 ) -> None:
     """Play FOLDER's candles through forecasts, scores, drift, recalibration and choice of model, on a state of its own.
 
@@ -477,13 +537,12 @@ def replay(
     from service.replay_table import bar, replay_table
     from training.candle_files import load
 
-    references = names.split(",")
-    start = utc_millis(day) if day else first_unseen(ModelStore(store_root), references)
+    start = utc_millis(day) if day else first_unseen(ModelStore(store_root), names)
     plan = Plan(start, every, horizon, _speed(speed))
     series = [series_of(item.symbol, item.interval, item.timestamps, item.candles) for item in load(folder)[0]]
     began = time.monotonic()
     with bar(quiet=as_json) as progress:
-        replayed = asyncio.run(replay_from_nothing(store_root, references, series, plan, progress))
+        replayed = asyncio.run(replay_from_nothing(store_root, names, series, plan, progress))
     if as_json:
         click.echo(json.dumps(replayed.as_json()))
         return
@@ -648,6 +707,7 @@ def _row(root: "ModelStore", model: str, version: str) -> dict[str, str]:
     size = sum(entry.bytes for entry in manifest.files.values())
     return {
         "model": f"{model}@{version}",
+        "symbol": manifest.symbol or "*",
         "family": manifest.family,
         "size": f"{size / 1e6:.1f}MB",
         "created_at": manifest.created_at,

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from model_store.canary import check_canary
 from model_store.files import StoreError
-from model_store.manifest import Canary, Evaluation, Manifest
+from model_store.manifest import Canary, Evaluation, Manifest, Metric
 from models.candles import Floats
 from models.scoring import block_bootstrap
 
 _METRIC: Final = "skill_vs_naive"
+_GAIN: Final = "skill_vs_base"  # whose interval is of both on the same windows
 _COLUMNS: Final = ("time", "symbol", "position", "error", "naive")
 
 
@@ -80,17 +81,34 @@ class Judged:
 def refuse_worse(new: Judged, current: Judged, symbol: str | None = None) -> list[str]:
     """Notes, or PromotionRefused unless, wherever the current version's skill is known, the new one's on the very same
     windows is known too and may be as high: by the interval of their difference over these windows, those of `symbol`
-    alone if one is given, or, where the versions did not keep them, by its own."""
-    notes = []
+    alone if one is given, or, where the versions did not keep them, by its own. What was tuned from the current version
+    brings the comparison along, on the windows that it was itself judged by."""
+    tuned = _beside_base(new.manifest, current.manifest)
+    notes = [_judge_tuned(skill, windows) for windows, skill in tuned.items()]
     for old in current.manifest.evaluations:
         if _METRIC not in old.metrics or (symbol and symbol not in old.symbols):
             continue
         lead = paired_lead(new, current, old, symbol)
-        if lead is None:
-            notes.append(_judge(_same_test_set(new.manifest, old, current.manifest), old))
-        else:
+        if lead is not None:
             notes.append(_judge_paired(*lead, old.windows))
+        elif not tuned:
+            notes.append(_judge(_same_test_set(new.manifest, old, current.manifest), old))
     return notes
+
+
+def _beside_base(new: Manifest, current: Manifest) -> dict[str, Metric]:
+    """By windows, what the new version gained on the current one where it was tuned from that."""
+    if new.origin.revision != current.version:
+        return {}
+    return {fresh.windows: fresh.metrics[_GAIN] for fresh in new.evaluations if _GAIN in fresh.metrics}
+
+
+def _judge_tuned(gain: Metric, windows: str) -> str:
+    at_most = gain.value if gain.high is None else gain.high
+    told = f"{_GAIN} on the {windows} windows is {gain.value:+.4f} (at most {at_most:+.4f})"
+    if at_most < 0:
+        raise PromotionRefused(f"{told}: give --force REASON to promote it all the same")
+    return told
 
 
 def paired_lead(
@@ -146,4 +164,4 @@ def _same_test_set(new: Manifest, old: Evaluation, current: Manifest) -> Evaluat
 def _test_set(evaluation: Evaluation) -> tuple[object, ...]:
     """What two evaluations must share for their scores to be comparable."""
     e = evaluation
-    return e.windows, e.start, e.end, e.interval, e.horizon, sorted(e.symbols)
+    return e.windows, e.start, e.end, e.interval, e.horizon, e.origins, sorted(e.symbols)

@@ -55,12 +55,13 @@ class Metric(_Strict):
     value: float
     naive: float | None = None
     walk: float | None = Field(default=None, description="The EWMA random walk's score.")
+    base: float | None = Field(default=None, description="The score of the version that this one was tuned from.")
     low: float | None = None
     high: float | None = None
 
 
 class Comparison(_Strict):
-    """Diebold-Mariano test of one forecast's absolute log-return errors against the naive forecast's."""
+    """Diebold-Mariano test of one forecast's absolute log-return errors against the naive forecast's, or another's."""
 
     sentence: str = Field(description="Such as: worse than naive, p = 0.003.")
     statistic: float = Field(description="Positive where the forecast is worse.")
@@ -86,6 +87,7 @@ class Evaluation(_Strict):
     )
     metrics: dict[str, Metric]
     versus_naive: Comparison | None = Field(default=None, description="None where there are too few windows to tell.")
+    versus_base: Comparison | None = Field(default=None, description="The same beside what it was tuned from.")
     ranked: Literal["symbols", "times"] | None = Field(
         default=None, description="What rank_ic ranks: symbols at each origin, or where they are few the origins."
     )
@@ -115,7 +117,7 @@ class TrainingRecord(_Strict):
 
     recipe: dict[str, Any]
     data_digest: str
-    symbols: tuple[str, ...]
+    symbols: tuple[str, ...] = Field(description="Of this and from start to end, what the base has seen is part.")
     interval: str
     start: str
     end: str
@@ -193,6 +195,7 @@ class Manifest(_Strict):
     schema_version: Literal[1] = SCHEMA_VERSION
     model: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
     version: str = ""
+    symbol: str | None = Field(default=None, description="The one it was trained for alone; null: it is for all.")
     family: Literal["toto", "kronos", "naive"]
     origin: Origin
     limits: ModelLimits

@@ -250,6 +250,10 @@ class ModelStore:
             raise StoreError(f"{symbol!r} cannot have a version of its own: use its upper-case name")
         model, version = self._promotable(reference)
         manifest, notes = self._check(f"{model}@{version}")
+        if manifest.symbol not in (None, symbol) and force is None:
+            raise PromotionRefused(
+                f"{model}@{version} was trained for {manifest.symbol} alone: name it, or say --force"
+            )
         alias = symbol or PRODUCTION
         with self._at.locked(model):
             serving = self._pointer(model, alias) or self._pointer(model, PRODUCTION)

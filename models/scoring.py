@@ -344,12 +344,12 @@ class DieboldMariano:
     degrees: int  # of freedom of the statistic's t distribution; 0 where the losses are equal
 
     def sentence(self, rival: str = "naive") -> str:
-        """Such as `worse than naive, p = 0.003`."""
+        """Such as `worse than naive, p = 0.003`; what is undecided without a name is so beside naive."""
         if not self.degrees:
             return f"equal to {rival}"
         p = "p < 0.001" if self.p_value < 0.001 else f"p = {self.p_value:.3f}"
         if self.p_value >= 0.05:
-            return f"undecided, {p}"
+            return f"undecided{'' if rival == 'naive' else f' beside {rival}'}, {p}"
         return f"{'worse' if self.statistic > 0 else 'better'} than {rival}, {p}"
 
 

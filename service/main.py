@@ -6,26 +6,18 @@ import gc
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Final
 
 import uvicorn
 
 from service.app import create_admin_app, create_app
+from service.listening import Listening, reachable
 from service.services import Services
 from service.settings import Settings
 from service.state import StateError
 
 _BACKLOG: Final = 2048
 _GARBAGE: Final = 50_000, 20, 50  # 512 candles are as many lists, and by the default one request meets two collections
-
-
-@dataclass(frozen=True)
-class Listening:
-    """Where the service can be reached."""
-
-    url: str
-    admin_url: str
 
 
 class ServeError(RuntimeError):
@@ -125,7 +117,7 @@ def _listen(host: str, port: int, variable: str) -> socket.socket:
 
 def _url(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # every address is no address to ask
+    host = reachable(host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 

@@ -12,7 +12,7 @@ from training import candle_files
 from training.baselines import LOOKBACK, baseline
 from training.evaluate import side_by_side
 from training.judged import Judged, judge
-from training.train import Track
+from training.train import Track, refuse_leak
 from training.windows import Origins, Part, rolling_origins, split_from_recipe
 
 
@@ -39,9 +39,9 @@ def compare(
     parts: Sequence[Part],
     stride: int,
     samples: int,
-    val_from: str,
-    test_from: str,
-    unseen: str,
+    val_from: date,
+    test_from: date,
+    unseen: Sequence[str],
     horizon: int | None = None,
     track: Track | None = None,
 ) -> list[Judged]:
@@ -54,11 +54,9 @@ def compare(
     loaded = [load_forecaster(store, reference) for reference in references]
     series, _ = candle_files.load(folder)
     steps = horizon or min(min(f.limits.max_horizon for _, f, _, _ in loaded), 64)
-    held_out = [symbol for symbol in unseen.split(",") if symbol]
-    table = {"val_from": date.fromisoformat(val_from), "test_from": date.fromisoformat(test_from), "unseen": held_out}
+    split = split_from_recipe({"val_from": val_from, "test_from": test_from, "unseen": unseen}, series, steps)
     for reference in references:
-        _refuse_leak(store, reference, val_from, held_out)
-    split = split_from_recipe(table, series, steps)
+        refuse_leak(store.manifest(reference), split)
     context = max(lookback for _, _, lookback, _ in loaded)
     entrants = {
         name: (forecaster, lookback, replace(sampling, samples=samples))
@@ -81,14 +79,3 @@ def _counted(track: Track, origins: Origins) -> Callable[[str, int], None]:
         track(f"{name} {origins.part}", done[name] / len(origins), f"{done[name]} origins")
 
     return advance
-
-
-def _refuse_leak(store: ModelStore, reference: str, val_from: str, unseen: Sequence[str]) -> None:
-    training = store.manifest(reference).training
-    if training is None:
-        return  # an imported checkpoint does not say what it has seen
-    if training.end >= val_from:
-        raise ValueError(f"{reference} was trained on candles up to {training.end}: give a later --val-from")
-    seen = set(training.symbols) & set(unseen)
-    if seen:
-        raise ValueError(f"{reference} was trained on {', '.join(sorted(seen))}: that is not unseen")

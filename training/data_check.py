@@ -52,9 +52,9 @@ class Findings:
 def check(
     folder: Path,
     *,
-    val_from: str | None = None,
-    test_from: str | None = None,
-    unseen: str = "",
+    val_from: date | None = None,
+    test_from: date | None = None,
+    unseen: Sequence[str] = (),
     horizon: int = 64,
     calendar: str = "auto",
 ) -> Findings:
@@ -76,22 +76,18 @@ def check(
         for item, report in found:
             warnings.append((*_of_rows(report), *_of_times(item, calendar), *_of_prices(item)))
             series[item.symbol] = replace(item, candles=np.empty((0, 6)))  # their memory is not needed any more
-    held_out = [symbol for symbol in unseen.split(",") if symbol]
-    split = _split(list(series.values()), val_from, test_from, horizon, held_out) if series else None
+    split = _split(list(series.values()), val_from, test_from, horizon, unseen) if series else None
     checked = (_checked(item, split, found) for item, found in zip(series.values(), warnings, strict=True) if split)
     return Findings(split, tuple(checked), tuple(unreadable))
 
 
 def _split(
-    series: Sequence[Series], val_from: str | None, test_from: str | None, horizon: int, unseen: list[str]
+    series: Sequence[Series], val_from: date | None, test_from: date | None, horizon: int, unseen: Sequence[str]
 ) -> Split:
-    table: dict[str, Any] = {"fractions": _FRACTIONS, "unseen": unseen}
-    if val_from and test_from:
-        days = {"val_from": date.fromisoformat(val_from), "test_from": date.fromisoformat(test_from)}
-        table = {**days, "unseen": unseen}
-    elif val_from or test_from:
+    if (val_from is None) != (test_from is None):
         raise ValueError("--val-from and --test-from go together")
-    return split_from_recipe(table, series, horizon)
+    cuts = {"val_from": val_from, "test_from": test_from} if val_from else {"fractions": _FRACTIONS}
+    return split_from_recipe({**cuts, "unseen": unseen}, series, horizon)
 
 
 def _checked(item: Series, split: Split, warnings: tuple[str, ...]) -> Checked:

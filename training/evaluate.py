@@ -122,10 +122,11 @@ class _Tally:
 # -- summing up ------------------------------------------------------------------------------------
 
 
-def summary(scores: Scores, *, seed: int = 0) -> Evaluation:
+def summary(scores: Scores, base: Scores | None = None, *, seed: int = 0) -> Evaluation:
     """Every metric with its naive and walk columns and a 95 % interval (circular blocks of one horizon).
 
-    ValueError if the naive forecast was never wrong: there is nothing to compare with.
+    `base` are the scores on the same windows of what was tuned. ValueError if the naive forecast was never wrong:
+    there is nothing to compare with.
     """
     facts = scores.outcomes
     if not facts.moves.any():
@@ -140,8 +141,9 @@ def summary(scores: Scores, *, seed: int = 0) -> Evaluation:
         origins=len(facts.symbols),
         samples=scores.samples,
         crps_estimator=scores.estimator,
-        metrics=metrics.pooled(scores, seed),
+        metrics=metrics.pooled(scores, seed, base),
         versus_naive=metrics.versus_naive(scores),
+        versus_base=metrics.versus_base(scores, base) if base else None,
         ranked=metrics.ranked(facts),
     )
 

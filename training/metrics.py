@@ -57,9 +57,13 @@ def _ranked_in(facts: Outcomes) -> NDArray[np.int64]:
 # -- summing up ------------------------------------------------------------------------------------
 
 
-def pooled(scores: Scores, seed: int = 0) -> dict[str, Metric]:
-    """Every metric over all windows and steps, beside the naive forecast's and the walk's."""
-    return _Columns(scores).metrics(np.arange(len(scores.point)), seed)
+def pooled(scores: Scores, seed: int = 0, base: Scores | None = None) -> dict[str, Metric]:
+    """Every metric over all windows and steps, beside the naive forecast's and the walk's.
+
+    With the scores of the `base` that was tuned, beside its too, with `skill_vs_base` and `crps_ratio_base`, whose
+    intervals are of both on the same windows; ValueError where they are of others.
+    """
+    return _Columns(scores, base).metrics(np.arange(len(scores.point)), seed)
 
 
 def by_symbol(scores: Scores, seed: int = 0) -> dict[str, dict[str, Metric]]:
@@ -98,19 +102,37 @@ def by_step(scores: Scores, seed: int = 0) -> dict[str, Curve]:
 
 def versus_naive(scores: Scores, rows: NDArray[np.intp] | None = None) -> Comparison | None:
     """Whether the windows' MAE differs from naive's beyond chance; None where there are too few to tell."""
+    return _versus("naive", scores.naive_errors, scores, rows)
+
+
+def versus_base(scores: Scores, base: Scores) -> Comparison | None:
+    """Whether it differs from that of the `base` that was tuned; ValueError where that has other windows."""
+    _refuse_other_windows(scores, base)
+    return _versus("base", base.errors, scores)
+
+
+def _refuse_other_windows(scores: Scores, rival: Scores) -> None:
+    ours, theirs = scores.outcomes, rival.outcomes
+    if not (np.array_equal(ours.symbols, theirs.symbols) and np.array_equal(ours.target_times, theirs.target_times)):
+        raise ValueError("scores compare only on the same windows: these have other origins, symbols or horizons")
+
+
+def _versus(
+    rival: str, rival_errors: Floats, scores: Scores, rows: NDArray[np.intp] | None = None
+) -> Comparison | None:
     facts = scores.outcomes
     chosen = np.arange(len(facts.symbols)) if rows is None else rows
     times, place = np.unique(facts.positions[chosen], return_inverse=True)
-    losses, naive = (
+    losses, rival_losses = (
         np.bincount(place, np.abs(errors[chosen]).mean(axis=1)) / np.bincount(place)
-        for errors in (scores.errors, scores.naive_errors)
+        for errors in (scores.errors, rival_errors)
     )
     within = np.searchsorted(times, times + facts.horizon) - np.arange(len(times))
-    found = scoring.diebold_mariano(losses, naive, overlap=int(within.max()))
+    found = scoring.diebold_mariano(losses, rival_losses, overlap=int(within.max()))
     if found is None:
         return None
     return Comparison(
-        sentence=found.sentence(),
+        sentence=found.sentence(rival),
         statistic=found.statistic,
         p_value=found.p_value,
         degrees=found.degrees,
@@ -119,13 +141,18 @@ def versus_naive(scores: Scores, rows: NDArray[np.intp] | None = None) -> Compar
 
 
 class _Columns:
-    """The sums over steps of a forecast's terms, and of the naive forecast's and the walk's, `[N, M]` each."""
+    """The sums over steps of a forecast's terms, and of what stands beside it, `[N, M]` each."""
 
-    def __init__(self, scores: Scores) -> None:
+    def __init__(self, scores: Scores, base: Scores | None = None) -> None:
         facts, kind = scores.outcomes, scores.estimator
         self._facts = facts
         self._own = terms(scores)
         self._beside = {"naive": terms(naive_scores(facts, kind)), "walk": terms(walk_scores(facts, kind))}
+        if base:
+            _refuse_other_windows(scores, base)
+            self._own["skill_vs_base"] = scoring.skill_vs_naive(scores.errors, base.errors)
+            self._own["crps_ratio_base"] = Ratio(scores.crps, base.crps)
+            self._beside["base"] = terms(base)
 
     def metrics(self, rows: NDArray[np.intp], seed: int) -> dict[str, Metric]:
         """Of some windows; a metric without any sum to divide by is left out."""

@@ -3,7 +3,7 @@
 import json
 import mmap
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from hashlib import sha256
 from inspect import getsource
 from pathlib import Path
@@ -74,9 +74,17 @@ class Packed(Sequence[Series]):
         symbol, interval, start, rows = self._entries[index]
         return Series(symbol, interval, *self._pages.read(start, rows))
 
+    @property
+    def symbols(self) -> list[str]:
+        return [entry.symbol for entry in self._entries]
+
     def of_interval(self, interval: str) -> "Packed":
         """The series of this interval."""
         return Packed(self._pages, [entry for entry in self._entries if entry.interval == interval])
+
+    def of_symbols(self, symbols: Collection[str]) -> "Packed":
+        """The series of these symbols."""
+        return Packed(self._pages, [entry for entry in self._entries if entry.symbol in symbols])
 
 
 def pack(series: Iterable[Series], place: Path | None = None) -> Packed:

@@ -1,13 +1,14 @@
 """A recipe: everything that decides a training run, in one TOML file."""
 
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from training.losses import LossName
-from training.tuning import TuneTable
+from training.tuning import ADAPTERS_ALONE, TuneTable
 
 
 class _Strict(BaseModel):
@@ -21,6 +22,9 @@ class DataTable(_Strict):
     train_root: Path | None = None
     val_root: Path | None = None
     test_root: Path | None = None
+    symbols: tuple[str, ...] | None = Field(
+        None, min_length=1, description="To train on, beside which are those held out; default: all there are."
+    )
     interval: str = "1d"
     calendar: str = "auto"
     adjust: bool = Field(False, description="Scale by the adjusted close where a file has one.")
@@ -92,6 +96,7 @@ class ServingTable(_Strict):
 
 
 _PHASES: Final = {"toto": {"network"}, "kronos": {"tokenizer", "predictor"}}
+_IGNORED: Final = {"toto": {"ahead", "temperature", "top_p", "top_k"}, "kronos": {"loss", "bars"}}
 
 
 class EvaluateTable(_Strict):
@@ -99,6 +104,7 @@ class EvaluateTable(_Strict):
 
     stride: int = Field(gt=0, description="Candles between the origins of the test.")
     unseen_stride: int = Field(gt=0, description="The same for unseen symbols, which are fewer.")
+    baseline_stride: int = Field(12, gt=0, description="Of the drift baseline, where the test makes too few blocks.")
     samples: int = Field(64, gt=0)
     batch_rows: int = Field(32, gt=0)
 
@@ -146,6 +152,15 @@ class Recipe(_Strict):
         return self
 
     @model_validator(mode="after")
+    def _nothing_that_is_ignored(self) -> Self:
+        unused = _IGNORED[self.family] & {*_changed(self.objective), *_changed(self.serving)}
+        if self.tune and self.tune.train != "lora":
+            unused |= ADAPTERS_ALONE & set(_changed(self.tune))
+        if unused:
+            raise ValueError(f"{', '.join(sorted(unused))} would change nothing here")
+        return self
+
+    @model_validator(mode="after")
     def _one_split(self) -> Self:
         if self.data.folder is None and set(self.split) - {"unseen"}:
             raise ValueError("with a folder for each part, the split has unseen at most")
@@ -157,6 +172,12 @@ class Recipe(_Strict):
         content = self.model_dump()
         split = {name: value for name, value in self.split.items() if name == "unseen"}
         return self.model_validate(content | {"data": content["data"] | roots, "split": split})
+
+
+def _changed(table: BaseModel) -> Iterator[str]:
+    """Settings that differ from their defaults."""
+    fields = type(table).model_fields.items()
+    return (name for name, field in fields if getattr(table, name) != field.default)
 
 
 def read_recipe(path: Path) -> Recipe:

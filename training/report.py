@@ -36,7 +36,8 @@ _REFERENCES: Final = {"naive": "naive", "ewma": "walk"}  # the baseline, and the
 def table(entries: Sequence[Entry]) -> Table:
     """Rows of each set of windows: models, then baselines, the naive forecast and the EWMA walk always among them.
 
-    Under a name stands whether it differs from naive beyond chance, under skill and CRPS ratio the 95 % interval.
+    Under a name stands whether it differs from naive, and from what it was tuned from, beyond chance; that follows,
+    where there is such. Under skill and CRPS ratio stands the 95 % interval.
     It fits 100 columns.
     """
     result = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption_justify="left")
@@ -98,10 +99,12 @@ def _known(values: Floats) -> list[float | None]:
 def _add_windows(result: Table, entries: Sequence[Entry]) -> None:
     result.add_row(entries[0][1].windows, style="bold")
     for name, evaluation in entries:
-        compared = evaluation.versus_naive
-        told = f"{name}\n  {compared.sentence}" if compared and name not in _REFERENCES else name
+        comparisons = () if name in _REFERENCES else (evaluation.versus_naive, evaluation.versus_base)
+        told = "\n  ".join([name, *(each.sentence for each in comparisons if each)])
         cells = [_cell(evaluation.metrics.get(key), key) for key in _COLUMNS]
         result.add_row(told, *cells, style="dim" if name in BASELINES else "")
+        if any(metric.base is not None for metric in evaluation.metrics.values()):
+            result.add_row("its base", *_reference_cells(evaluation, "base"), style="dim")
     for name, column in _REFERENCES.items():
         if name not in dict(entries):
             result.add_row(name, *_reference_cells(entries[0][1], column), style="dim")

@@ -5,16 +5,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from model_store.canary import canary_of
-from model_store.manifest import Evaluation, Manifest, ModelLimits, Origin, TrainingRecord
+from model_store.manifest import Baseline, Evaluation, Manifest, ModelLimits, Origin, TrainingRecord
 from model_store.store import CANDIDATE, PRODUCTION, LoadedVersion, ModelStore
+from models import scoring
 from models.families import build_forecaster
 from models.forecaster import Forecaster, served_sampling
 from models.kronos.network import KronosPredictor, PredictorConfig
@@ -26,11 +28,11 @@ from training import processes
 from training.candle_files import Series, digest
 from training.evaluate import baselines, evaluate, summary, windows
 from training.initial import damp_residuals, start_at_random_walk, start_with_bits
-from training.loop import Judgement, Objective, Run, Selection, fit
+from training.loop import Judgement, Objective, Report, Run, Selection, fit
 from training.losses import LOSSES
 from training.objectives import NextPatch, NextToken, TokenizerReconstruction
-from training.packed import pack, pack_folder
-from training.recipe import Recipe
+from training.packed import Packed, pack, pack_folder
+from training.recipe import Recipe, ServingTable
 from training.resume import RunFolder, run_folder
 from training.scores import Scores
 from training.tuning import adapter_of, merged, open_up
@@ -48,6 +50,8 @@ from training.windows import (
 
 Weights = Mapping[str, Tensor]
 Track = Callable[[str, float, str], None]  # what, share done, one line
+_SHOWN: Final = 20  # symbols that a message lists
+_BASELINE_BLOCKS: Final = 90  # with fewer, the drift alarm is raised several times as often by chance
 
 
 class RunPhase(Protocol):
@@ -66,6 +70,18 @@ class Trained:
 
 
 @dataclass(frozen=True)
+class Base:
+    """The stored version that training starts from, and that its result is judged beside."""
+
+    version: LoadedVersion
+
+    @cached_property
+    def forecaster(self) -> Forecaster:
+        version = self.version
+        return build_forecaster(version.manifest.family, version.config, version.weights)
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A recipe with its candles."""
 
@@ -74,7 +90,19 @@ class Prepared:
     split: Split
     origins: Mapping[Part, Origins]  # of the evaluation that is published
     choosing: Origins | None  # of the val part, among weights
-    base: LoadedVersion | None = None  # what training starts from, unless from scratch
+    base: Base | None = None  # unless training starts from scratch
+    symbol: str | None = None  # the only one, which alone the version will serve
+
+    @property
+    def model(self) -> str:
+        """Whose version this will be."""
+        return self.base.version.manifest.model if self.base and self.symbol else self.recipe.name
+
+    @property
+    def chose_by_val(self) -> bool:
+        """Whether the val part had a say in the weights, or in the base's."""
+        record = self.base.version.manifest.training if self.base else None
+        return self.recipe.select is not None or bool(record and record.recipe.get("select"))
 
     @cached_property
     def data_digest(self) -> str:
@@ -93,9 +121,8 @@ def train(recipe: Recipe, store: ModelStore, track: Track, home: Path, *, restar
 
 
 def _train(recipe: Recipe, store: ModelStore, track: Track, home: Path, restart: bool) -> Manifest:
-    base = store.load(recipe.tune.base) if recipe.tune else None
-    recipe = _based(recipe, base) if base else recipe
-    prepared = replace(prepare(recipe, home / "cache"), base=base)
+    recipe, base = based(recipe, store)
+    prepared = prepare(recipe, home / "cache", base)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     with run_folder(home / "runs", recipe, prepared.data_digest) as folder:
@@ -106,20 +133,51 @@ def _train(recipe: Recipe, store: ModelStore, track: Track, home: Path, restart:
     return manifest
 
 
-def _based(recipe: Recipe, base: LoadedVersion) -> Recipe:
-    """The recipe with the network of `base`, named by its version; ValueError if it cannot do what is asked."""
+def based(recipe: Recipe, store: ModelStore) -> tuple[Recipe, Base | None]:
+    """The recipe with the network and serving defaults of its base, named by its version, and that, if it has one.
+
+    ValueError if it cannot do what is asked.
+    """
+    if recipe.tune is None:
+        return recipe, None
+    base = store.load(recipe.tune.base)
     manifest, limits = base.manifest, base.manifest.limits
     name = f"{manifest.model}@{manifest.version}"
     if manifest.family != recipe.family:
         raise ValueError(f"{name} is of the family {manifest.family}, not {recipe.family}")
     if recipe.context > limits.max_context or recipe.horizon > limits.max_horizon:
         raise ValueError(f"{name} takes {limits.max_context} candles and {limits.max_horizon} steps at most")
-    assert recipe.tune is not None
     tune = recipe.tune.model_copy(update={"base": name})
-    return recipe.model_copy(update={"network": dict(base.config), "tune": tune})
+    serving = ServingTable.model_validate({**manifest.serving, **recipe.serving.model_dump(exclude_none=True)})
+    changes = {"network": dict(base.config), "tune": tune, "serving": serving}
+    return recipe.model_copy(update=changes), Base(base)
+
+
+def refuse_leak(manifest: Manifest, split: Split) -> None:
+    """ValueError if the version was trained on what the split keeps from training."""
+    training = manifest.training
+    if training is None:
+        return  # an imported checkpoint does not say what it has seen
+    name = f"{manifest.model}@{manifest.version}"
+    if training.end >= day(split.val_from):
+        raise ValueError(f"{name} was trained on candles up to {training.end}: let the val part begin later")
+    if seen := split.unseen.intersection(training.symbols):
+        raise ValueError(f"{name} was trained on {', '.join(sorted(seen))}: that is not unseen")
 
 
 def _fit_and_publish(prepared: Prepared, store: ModelStore, track: Track, folder: RunFolder) -> Manifest:
+    trained = fit_phases(prepared, track, folder)
+    if processes.rank() == 0:
+        manifest = judge_and_publish(prepared, trained, store, track)
+        store.set_alias(manifest.model, CANDIDATE, manifest.version)
+        if PRODUCTION not in store.aliases(manifest.model):
+            store.promote(f"{manifest.model}@{manifest.version}")
+    processes.wait()
+    return store.manifest(f"{prepared.model}@{CANDIDATE}")
+
+
+def fit_phases(prepared: Prepared, track: Track, folder: RunFolder) -> Trained:
+    """Run every phase of the recipe, each from where it stands in `folder`."""
     recipe = prepared.recipe
 
     def run(phase: str, objective: Objective, published: Callable[[], Weights] | None = None) -> Run:
@@ -129,55 +187,73 @@ def _fit_and_publish(prepared: Prepared, store: ModelStore, track: Track, folder
         report = partial(track, f"{recipe.name} {phase}")
         return fit(objective, recipe.phases[phase], report, folder.place(phase), selection)
 
-    trained = _FITTERS[recipe.family](prepared, run)
-    if processes.rank() == 0:
-        _publish_candidate(prepared, trained, store, track)
-    processes.wait()
-    return store.manifest(f"{recipe.name}@{CANDIDATE}")
+    return _FITTERS[recipe.family](prepared, run)
 
 
-def _publish_candidate(prepared: Prepared, trained: Trained, store: ModelStore, track: Track) -> None:
-    recipe = prepared.recipe
-    forecaster = build_forecaster(recipe.family, recipe.network, trained.weights)
-    scores = {part: score(forecaster, prepared, part, track) for part in prepared.origins}
-    manifest = publish(prepared, trained, forecaster, scores, store)
-    store.set_alias(manifest.model, CANDIDATE, manifest.version)
-    if PRODUCTION not in store.aliases(manifest.model):
-        store.promote(f"{manifest.model}@{manifest.version}")
-
-
-def prepare(recipe: Recipe, cache: Path | None = None) -> Prepared:
+def prepare(recipe: Recipe, cache: Path | None = None, base: Base | None = None) -> Prepared:
     """Map the recipe's candles, parsed into `cache` if need be, and split them.
 
-    CandleFileError or ValueError say what is missing.
+    CandleFileError or ValueError say what is missing, or what `base` has seen and must not have.
     """
-    series, split = _whole(recipe, recipe.data.folder, cache) if recipe.data.folder else _parted(recipe, cache)
+    series, split = candles(recipe, cache)
+    if base:
+        refuse_leak(base.version.manifest, split)
     parts: dict[Part, int] = {"test": recipe.evaluate.stride}
     if split.unseen:
         parts["unseen"] = recipe.evaluate.unseen_stride
+    return _prepared(recipe, series, split, parts, base)
+
+
+def prepare_one(recipe: Recipe, item: Series, split: Split, base: Base) -> Prepared:
+    """The recipe for one symbol alone; ValueError where that has too few candles."""
+    return replace(_prepared(recipe, [item], split, {"test": recipe.evaluate.stride}, base), symbol=item.symbol)
+
+
+def _prepared(
+    recipe: Recipe, series: Sequence[Series], split: Split, parts: Mapping[Part, int], base: Base | None
+) -> Prepared:
     origins = {part: _origins(recipe, series, split, part, stride) for part, stride in parts.items()}
     choosing = _origins(recipe, series, split, "val", recipe.select.stride) if recipe.select else None
-    return Prepared(recipe, series, split, origins, choosing)
+    return Prepared(recipe, series, split, origins, choosing, base)
+
+
+def candles(recipe: Recipe, cache: Path | None) -> tuple[Sequence[Series], Split]:
+    """The recipe's candles, parsed into `cache` if need be, and how they are split."""
+    return _whole(recipe, recipe.data.folder, cache) if recipe.data.folder else _parted(recipe, cache)
 
 
 def _whole(recipe: Recipe, folder: Path, cache: Path | None) -> tuple[Sequence[Series], Split]:
-    series = _candles(recipe, folder, cache)
+    [series] = _chosen(recipe, [_candles(recipe, folder, cache)])
     return series, split_from_recipe(recipe.split, series, recipe.horizon)
 
 
 def _parted(recipe: Recipe, cache: Path | None) -> tuple[Sequence[Series], Split]:
     """Contexts may reach back from one part into those before it: each symbol is one series."""
-    parts = [_candles(recipe, root, cache) if root else [] for root in recipe.data.roots]
+    given = _chosen(recipe, [_candles(recipe, root, cache) for root in recipe.data.roots if root])
+    parts = [given[0], [], given[-1]] if recipe.data.val_root is None else given
     split = split_by_parts(parts, horizon=recipe.horizon, unseen=recipe.split.get("unseen", ()))
     return pack(joined(parts), cache), split
 
 
-def _candles(recipe: Recipe, folder: Path, cache: Path | None) -> Sequence[Series]:
+def _candles(recipe: Recipe, folder: Path, cache: Path | None) -> Packed:
     data = recipe.data
     found = pack_folder(folder, cache, adjust=data.adjust, undo_splits=data.undo_splits).of_interval(data.interval)
     if not found:
         raise ValueError(f"{folder} has no {data.interval} candles")
     return found
+
+
+def _chosen(recipe: Recipe, parts: Sequence[Packed]) -> Sequence[Packed]:
+    """What each part has of the recipe's symbols; ValueError naming those that none has, and what there is."""
+    if recipe.data.symbols is None:
+        return parts
+    wanted = {*recipe.data.symbols, *recipe.split.get("unseen", ())}
+    there = set[str]().union(*(part.symbols for part in parts))
+    if missing := wanted - there:
+        known = sorted(there)
+        shown = [*known[:_SHOWN], f"{len(known) - _SHOWN} more"] if len(known) > _SHOWN else known
+        raise ValueError(f"there are no candles of {', '.join(sorted(missing))}; there is {', '.join(shown)}")
+    return [part.of_symbols(wanted) for part in parts]
 
 
 def _origins(recipe: Recipe, series: Sequence[Series], split: Split, part: Part, stride: int) -> Origins:
@@ -196,7 +272,7 @@ def _fit_toto(prepared: Prepared, run: RunPhase) -> Trained:
     torch.manual_seed(recipe.seed)
     network = TotoNetwork(TotoConfig.from_published(recipe.network["network"]))
     if prepared.base and recipe.tune:
-        load_strictly(network, prepared.base.weights, "Toto")
+        load_strictly(network, prepared.base.version.weights, "Toto")
         open_up(network, "toto", recipe.tune)
     else:
         start_at_random_walk(network)
@@ -223,7 +299,7 @@ def _fit_kronos(prepared: Prepared, run: RunPhase) -> Trained:
     predictor = KronosPredictor(PredictorConfig.from_published(recipe.network["predictor"]))
     both = torch.nn.ModuleDict({"tokenizer": tokenizer, "predictor": predictor})
     if prepared.base:
-        load_strictly(both, prepared.base.weights, "Kronos")
+        load_strictly(both, prepared.base.version.weights, "Kronos")
     else:
         for blocks in (tokenizer.encoder, tokenizer.decoder):
             damp_residuals(blocks, 0.1)
@@ -252,16 +328,20 @@ def _sampler(prepared: Prepared, length: int) -> WindowSampler:
 # -- judging and publishing ------------------------------------------------------------------------
 
 
-def score(forecaster: Forecaster, prepared: Prepared, part: Part, track: Track) -> Scores:
+def score(forecaster: Forecaster, prepared: Prepared, part: Part, track: Track, who: str) -> Scores:
     """Rolling-origin scores of the recipe's evaluation on one part of its split."""
-    recipe, origins, judged = prepared.recipe, prepared.origins[part], 0
+    return _score(forecaster, prepared, prepared.origins[part], partial(track, f"{who} evaluate {part}"))
+
+
+def _score(forecaster: Forecaster, prepared: Prepared, origins: Origins, report: Report) -> Scores:
+    judged = 0
 
     def advance(rows: int) -> None:
         nonlocal judged
         judged += rows
-        track(f"{recipe.name} evaluate {part}", judged / len(origins), f"{judged} origins")
+        report(judged / len(origins), f"{judged} origins")
 
-    return _evaluate(forecaster, prepared, origins, recipe.evaluate.samples, advance)
+    return _evaluate(forecaster, prepared, origins, prepared.recipe.evaluate.samples, advance)
 
 
 def _judge(prepared: Prepared, published: Callable[[], Weights]) -> Judgement:
@@ -294,13 +374,16 @@ def _evaluate(
     )
 
 
-def publish(
-    prepared: Prepared, trained: Trained, forecaster: Forecaster, scores: Mapping[Part, Scores], store: ModelStore
-) -> Manifest:
+def judge_and_publish(prepared: Prepared, trained: Trained, store: ModelStore, track: Track) -> Manifest:
     """Store weights, config, evaluations and the drift baseline as one version."""
-    recipe, limits = prepared.recipe, forecaster.limits
+    recipe, base = prepared.recipe, prepared.base
+    forecaster = build_forecaster(recipe.family, recipe.network, trained.weights)
+    scores = {part: score(forecaster, prepared, part, track, recipe.name) for part in prepared.origins}
+    beside = {part: score(base.forecaster, prepared, part, track, "base") for part in scores} if base else {}
+    limits = forecaster.limits
     fields: dict[str, Any] = {
-        "model": recipe.name,
+        "model": prepared.model,
+        "symbol": prepared.symbol,
         "family": recipe.family,
         "origin": _origin(prepared),
         "limits": ModelLimits(
@@ -311,8 +394,8 @@ def publish(
         ),
         "serving": _serving(recipe),
         "training": _record(prepared, trained),
-        "evaluations": tuple(summary(part) for part in scores.values()),
-        "baselines": baselines(scores["test"]),
+        "evaluations": tuple(summary(own, beside.get(part)) for part, own in scores.items()),
+        "baselines": drift_baselines(forecaster, prepared, scores["test"], track),
         "canary": canary_of(forecaster),
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "code_revision": _revision(),
@@ -320,12 +403,36 @@ def publish(
     return store.put(fields, recipe.network, trained.weights, trained.adapter, windows(scores.values()))
 
 
+def drift_baselines(forecaster: Forecaster, prepared: Prepared, test: Scores, track: Track) -> tuple[Baseline, ...]:
+    """Of the test's origins; where these make too few blocks, of closer ones, and of val's if those chose nothing."""
+    recipe, found = prepared.recipe, baselines(test)
+    blocks = {each.group: each.n_blocks for each in found if each.symbol == "*"}
+    if all(blocks.get(group, 0) >= _BASELINE_BLOCKS for group in range(scoring.group_of(recipe.horizon) + 1)):
+        return found
+    parts: tuple[Part, ...] = ("test",) if prepared.chose_by_val else ("val", "test")
+    pairs = chain.from_iterable(
+        rolling_origins(
+            prepared.series,
+            prepared.split,
+            part,
+            stride=min(recipe.evaluate.stride, recipe.evaluate.baseline_stride),
+            min_context=recipe.context,
+        ).pairs
+        for part in parts
+    )
+    origins = replace(prepared.origins["test"], pairs=tuple(pairs))
+    if origins == prepared.origins["test"]:
+        return found
+    return baselines(_score(forecaster, prepared, origins, partial(track, f"{recipe.name} baseline")))
+
+
 def _origin(prepared: Prepared) -> Origin:
     """Weights that others' weights were tuned to keep their licence."""
-    source, base = f"{prepared.recipe.name}.toml", prepared.base
-    if base is None:
+    source = f"{prepared.recipe.name}.toml"
+    if prepared.base is None:
         return Origin(kind="trained", source=source, licence="Apache-2.0")
-    return Origin(kind="trained", source=source, revision=base.manifest.version, licence=base.manifest.origin.licence)
+    base = prepared.base.version.manifest
+    return Origin(kind="trained", source=source, revision=base.version, licence=base.origin.licence)
 
 
 def _serving(recipe: Recipe) -> dict[str, Any]:
@@ -336,13 +443,18 @@ def _record(prepared: Prepared, trained: Trained) -> TrainingRecord:
     recipe, split = prepared.recipe, prepared.split
     spans = [item.timestamps[split.targets(item, "train")] for item in prepared.series]
     fitted = [(item.symbol, span) for item, span in zip(prepared.series, spans, strict=True) if len(span)]
+    symbols = {symbol for symbol, _ in fitted}
+    start, end = day(min(int(span[0]) for _, span in fitted)), day(max(int(span[-1]) for _, span in fitted))
+    earlier = prepared.base.version.manifest.training if prepared.base else None
+    if earlier:  # what the base has seen, so have its children
+        symbols, start, end = symbols.union(earlier.symbols), min(start, earlier.start), max(end, earlier.end)
     return TrainingRecord(
         recipe=recipe.model_dump(mode="json"),
         data_digest=prepared.data_digest,
-        symbols=tuple(symbol for symbol, _ in fitted),
+        symbols=tuple(sorted(symbols)),
         interval=recipe.data.interval,
-        start=day(min(int(span[0]) for _, span in fitted)),
-        end=day(max(int(span[-1]) for _, span in fitted)),
+        start=start,
+        end=end,
         notes=tuple(f"{phase}: {note}" for phase, run in trained.runs.items() for note in run.notes),
         losses={phase: run.loss for phase, run in trained.runs.items()},
         steps=sum(run.steps for run in trained.runs.values()),
@@ -352,12 +464,15 @@ def _record(prepared: Prepared, trained: Trained) -> TrainingRecord:
 
 
 def verdict(evaluation: Evaluation) -> str:
-    """One line: the skill that was reached, against naive and against the walk."""
+    """One line: the skill that was reached, against naive, against the walk and against what was tuned."""
     skill, ratio = evaluation.metrics["skill_vs_naive"], evaluation.metrics["crps_ratio_walk"]
     coverage = evaluation.metrics["coverage_80"].value
+    base = evaluation.metrics.get("crps_ratio_base")
+    tuned = f" and {base.value:.3f} x its base's{_interval(base.low, base.high)}" if base else ""
+    walk = f"{ratio.value:.3f} x the random walk's{_interval(ratio.low, ratio.high)}"
     return (
         f"{evaluation.windows}: skill vs naive {skill.value:+.3f}{_interval(skill.low, skill.high)}, CRPS"
-        f" {ratio.value:.3f} x the random walk's{_interval(ratio.low, ratio.high)}, 80 % band covers {coverage:.0%}"
+        f" {walk}{tuned}, 80 % band covers {coverage:.0%}"
     )
 
 

@@ -14,6 +14,7 @@ _MODULES: Final[Mapping[Family, tuple[str, ...]]] = {
     "toto": ("patch_embed.projection", "wQKV", "wO", "mlp.0", "mlp.2"),
     "kronos": ("fusion_proj", "q_proj", "k_proj", "v_proj", "out_proj", "w1", "w2", "w3", "proj_s1", "proj_s2"),
 }
+ADAPTERS_ALONE: Final = {"rank", "alpha", "dropout", "modules"}  # settings that only adapters have
 _ADAPTER, _BASE = ".lora_", ".base_layer."  # in peft's names
 
 
@@ -24,6 +25,7 @@ class TuneTable(BaseModel):
 
     base: str = Field(description="NAME, NAME@VERSION or NAME@ALIAS.")
     train: Literal["full", "head", "lora"] = Field("full", description="head: the backbone is frozen.")
+    per_symbol: bool = Field(False, description="A version for each symbol, trained on it alone, under base's name.")
     rank: int = Field(8, gt=0, description="Of the adapters, like all below.")
     alpha: int = Field(16, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)

@@ -44,13 +44,17 @@ def manifest(model: str = "demo", number: int = 0, **changes: Any) -> dict[str, 
 
 
 def evaluated(
-    skill: float, low: float | None = None, high: float | None = None, windows: str = "test"
+    skill: float,
+    low: float | None = None,
+    high: float | None = None,
+    windows: str = "test",
+    name: str = "skill_vs_naive",
 ) -> dict[str, Any]:
     metric = {"value": skill, "low": low, "high": high}
     return {
         "evaluations": [
             {"windows": windows, "symbols": ["AAPL"], "start": "2010-01-01", "end": "2012-01-01", "interval": "1d",
-             "horizon": 64, "origins": 100, "metrics": {"skill_vs_naive": metric}}
+             "horizon": 64, "origins": 100, "metrics": {name: metric}}
         ]
     }  # fmt: skip
 
@@ -594,7 +598,14 @@ def test_the_gate(store: ModelStore, before: dict[str, Any], after: dict[str, An
 
 @pytest.mark.parametrize(
     "change",
-    [{"start": "2011-01-01"}, {"end": "2011-01-01"}, {"interval": "1h"}, {"horizon": 8}, {"symbols": ["AAPL", "IBM"]}],
+    [
+        {"start": "2011-01-01"},
+        {"end": "2011-01-01"},
+        {"interval": "1h"},
+        {"horizon": 8},
+        {"origins": 99},
+        {"symbols": ["AAPL", "IBM"]},
+    ],
 )
 def test_a_better_score_on_another_test_set_is_no_reason(store: ModelStore, change: dict[str, Any]) -> None:
     store.promote(f"demo@{put(store, 0, **evaluated(0.01))}")
@@ -603,6 +614,25 @@ def test_a_better_score_on_another_test_set_is_no_reason(store: ModelStore, chan
         store.promote(f"demo@{put(store, 1, evaluations=[other])}")
     both = [other, *evaluated(0.02)["evaluations"]]
     store.promote(f"demo@{put(store, 2, evaluations=both)}")
+
+
+@pytest.mark.parametrize(("gain", "high", "passes"), [(0.03, None, True), (-0.01, 0.01, True), (-0.03, -0.01, False)])
+def test_what_was_tuned_from_the_current_version_is_judged_beside_it_on_the_windows_of_its_own(
+    store: ModelStore, gain: float, high: float | None, passes: bool
+) -> None:
+    first = put(store, 0, **evaluated(0.5))
+    store.promote(f"demo@{first}")
+    [own] = evaluated(gain, None, high, name="skill_vs_base")["evaluations"]
+    tuned = {"origin": {"kind": "trained", "source": "each.toml", "revision": first}}
+    second = put(store, 1, **tuned, evaluations=[own | {"symbols": ["MSFT"]}])
+    stranger = put(store, 2, evaluations=[own | {"symbols": ["MSFT"]}])
+    with pytest.raises(PromotionRefused, match="no skill_vs_naive"):
+        store.promote(f"demo@{stranger}")
+    if passes:
+        store.promote(f"demo@{second}")
+        return
+    with pytest.raises(PromotionRefused, match=r"skill_vs_base on the test windows is -0.0300 \(at most -0.0100\)"):
+        store.promote(f"demo@{second}")
 
 
 def test_every_window_of_the_current_version_must_hold(store: ModelStore) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from service.listening import reachable
 from service.main import ServeError, serve
 from service.settings import Settings
 
@@ -97,3 +98,8 @@ def test_a_taken_port_says_which_variable_to_set(tmp_path: Path) -> None:
         settings = Settings(home=tmp_path, port=taken.getsockname()[1], admin_port=0)
         with pytest.raises(ServeError, match="CANDLECAST_PORT"):
             serve(settings, lambda at: None)
+
+
+@pytest.mark.parametrize(("host", "asked"), [("0.0.0.0", "127.0.0.1"), ("::", "::1"), ("10.1.2.3", "10.1.2.3")])
+def test_a_service_on_every_address_is_asked_on_this_machines_own(host, asked):
+    assert reachable(host) == asked

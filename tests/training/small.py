@@ -24,6 +24,6 @@ def small_recipe(family: str, data: Path, tables: str = "", **values: object) ->
     text = (RECIPES / f"{family}-demo.toml").read_text()
     for name, value in {"folder": f'"{data}"', **_SMALL, **values}.items():
         text = re.sub(rf"^{name} = .*$", f"{name} = {value}", text, flags=re.MULTILINE)
-    rare = "[evaluate]\nstride = 800\nunseen_stride = 800"
+    rare = "[evaluate]\nstride = 800\nunseen_stride = 800\nbaseline_stride = 800"
     text = re.sub(r"\[evaluate\]\nstride = \d+\nunseen_stride = \d+", rare, text)
     return f"{text}\n{tables}"

@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ def without(item: Series, *rows: int) -> Series:
 
 
 def test_the_samples_have_no_warning_and_are_cut_as_evaluation_cuts_them(sample_folder: Path) -> None:
-    options = {"val_from": "2009-01-01", "test_from": "2010-06-01", "unseen": "IBM", "horizon": 64}
+    options = {"val_from": date(2009, 1, 1), "test_from": date(2010, 6, 1), "unseen": ["IBM"], "horizon": 64}
     findings = check(sample_folder, **options)
     assert findings.unreadable == ()
     by_symbol = {found.symbol: found for found in findings.series}
@@ -119,6 +120,6 @@ def test_the_summary_has_a_row_for_each_series_and_is_not_read_as_candles(item: 
 def test_one_date_alone_or_an_unknown_symbol_held_out_is_refused(item: Series, tmp_path: Path) -> None:
     write(tmp_path / "A.csv", item)
     with pytest.raises(ValueError, match="holds out B, of which there are no candles"):
-        check(tmp_path, unseen="A,B")
+        check(tmp_path, unseen=["A", "B"])
     with pytest.raises(ValueError, match="go together"):
-        check(tmp_path, val_from="2009-01-01")
+        check(tmp_path, val_from=date(2009, 1, 1))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import date
 
 import numpy as np
@@ -214,6 +215,44 @@ def test_comparison_averages_symbols_that_share_an_origin(drift_scores: Scores) 
     assert found is not None
     assert (found.statistic, found.p_value) == (pytest.approx(expected.statistic), pytest.approx(expected.p_value))
     assert (found.times, found.degrees) == (len(times), expected.degrees)
+
+
+def test_a_tuned_version_stands_beside_its_base_on_the_same_windows_alone(
+    drift_scores: Scores, samples: list[Series], origins: Origins
+) -> None:
+    base = evaluate(baseline("ewma"), samples, origins, lookback=64)
+    found = summary(drift_scores, base)
+    alone = summary(base)
+    for name, metric in alone.metrics.items():
+        if name in found.metrics:
+            assert found.metrics[name].base == pytest.approx(metric.value), name
+    ratio = found.metrics["crps_ratio_base"]
+    assert ratio.value == pytest.approx(drift_scores.crps.mean() / base.crps.mean())
+    assert ratio.low is not None
+    assert ratio.low < ratio.value
+    losses, rival = np.abs(drift_scores.errors).mean(), np.abs(base.errors).mean()
+    assert found.metrics["skill_vs_base"].value == pytest.approx(1 - losses / rival)
+    assert found.versus_base is not None
+    assert (found.versus_base.statistic > 0) == (losses > rival)
+    itself = summary(base, base)
+    assert (itself.metrics["crps_ratio_base"].low, itself.metrics["crps_ratio_base"].high) == (1, 1)
+    assert itself.versus_base is not None
+    assert itself.versus_base.sentence == "equal to base"
+
+
+@pytest.mark.parametrize("change", [{"horizon": HORIZON - 4}, {"pairs": "earlier"}, {"pairs": "others"}])
+def test_horizon_mismatch_and_other_origins_are_refused(
+    drift_scores: Scores, samples: list[Series], origins: Origins, change: dict[str, object]
+) -> None:
+    """As many windows, of another horizon, shifted by a candle, or of another symbol at the same times."""
+    apple, microsoft = (next(k for k, item in enumerate(samples) if item.symbol == name) for name in ("AAPL", "MSFT"))
+    pairs = {
+        "earlier": tuple((index, origin - 1) for index, origin in origins.pairs),
+        "others": tuple((microsoft if index == apple else index, origin) for index, origin in origins.pairs),
+    }
+    other = replace(origins, **{name: pairs.get(str(value), value) for name, value in change.items()})
+    with pytest.raises(ValueError, match="compare only on the same windows"):
+        summary(drift_scores, evaluate(baseline("ewma"), samples, other, lookback=64))
 
 
 def test_a_symbol_that_never_moves_is_left_out(make_series: Callable[..., Series]) -> None:

@@ -6,9 +6,10 @@ import pytest
 from pydantic import ValidationError
 
 from model_store.store import ModelStore
+from models.naive import NaiveForecaster
 from training.candle_files import digest
-from training.recipe import Recipe, read_recipe
-from training.train import prepare, train
+from training.recipe import Recipe, SelectTable, read_recipe
+from training.train import drift_baselines, prepare, score, train
 
 RECIPES = sorted((Path(__file__).parents[2] / "training" / "recipes").glob("*.toml"))
 
@@ -88,3 +89,25 @@ def test_recipe_reaches_what_the_documents_claim(recipe, tmp_path):
         assert evaluation.metrics["crps_ratio_walk"].value < 1.10
         assert evaluation.metrics["skill_vs_naive"].value > -0.12
         assert 0.68 < evaluation.metrics["coverage_80"].value < 0.92
+
+
+def baseline_blocks(recipe):
+    """Of the drift baseline over all symbols by group of horizons, and how many forecasts it took beside the test's."""
+    heard = [0]
+    prepared = prepare(recipe)
+    test = score(NaiveForecaster(), prepared, "test", lambda *_: None, "")
+    found = drift_baselines(NaiveForecaster(), prepared, test, lambda *told: heard.append(int(told[2].split()[0])))
+    return [each.n_blocks for each in found if each.symbol == "*"], heard[-1]
+
+
+def test_the_drift_baseline_has_ninety_blocks_where_the_candles_allow(recipe):
+    """However rare the test's origins are; val's count where they chose nothing."""
+    assert baseline_blocks(recipe)[1] == 0  # as shipped, the test's are enough
+    content = recipe.model_dump()
+    content["evaluate"] |= {"stride": 800, "unseen_stride": 800}
+    rare = Recipe.model_validate(content)
+    blocks, forecasts = baseline_blocks(rare)
+    assert min(blocks) >= 90
+    chosen, fewer = baseline_blocks(rare.model_copy(update={"select": SelectTable(every=1, stride=800)}))
+    assert fewer < forecasts
+    assert all(0 < some < all_ for some, all_ in zip(chosen, blocks, strict=True))

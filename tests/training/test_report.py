@@ -88,6 +88,14 @@ def test_naive_and_walk_stand_in_the_table_of_a_stored_evaluation(judged: list[J
     assert "naive, p" not in "".join(lines)
 
 
+def test_a_tuned_version_is_shown_with_its_base(judged: list[Judged]) -> None:
+    lines = rendered([("toto-base", summary(judged[0].scores, judged[3].scores))])
+    [base] = [line.removeprefix(" its base").split() for line in lines if line.startswith(" its base ")]
+    [drift] = [line.split()[1:] for line in rendered([("drift", judged[3].evaluation)]) if line.startswith(" drift ")]
+    assert base == drift
+    assert any("than base, p" in line or "undecided beside base, p" in line for line in lines)
+
+
 def test_json_carries_every_metric_with_its_columns(judged: list[Judged]) -> None:
     [entry] = json.loads(json.dumps(as_json([("toto", judged[0].evaluation)])))
     assert entry.pop("model") == "toto"

@@ -6,6 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from bench.service import put_version
 from model_store.manifest import ADAPTER, SCORES, WEIGHTS
 from model_store.store import ModelStore
 from models.families import build_forecaster
@@ -15,7 +16,7 @@ from models.toto.network import TotoConfig, TotoNetwork
 from tests.training.small import small_recipe
 from training.evaluate import evaluate
 from training.recipe import Recipe, read_recipe
-from training.train import prepare, train
+from training.train import based, prepare, train
 from training.tuning import TuneTable, merged, open_up
 from training.windows import rolling_origins
 
@@ -63,6 +64,7 @@ def test_reload_gives_the_validation_metric_of_training(store, make_recipe, tmp_
     version, base = store.load("tuned@candidate"), store.load(f"{family}-demo")
     assert crps_on_val(recipe, version.config, version.weights) == pytest.approx(min(judged), rel=1e-5)
     assert manifest.origin.revision == base.manifest.version
+    assert version.config == base.config  # the architecture is the checkpoint's, whatever a recipe says
     assert version.weights.keys() == base.weights.keys()
     moved = {name for name, tensor in version.weights.items() if not torch.equal(tensor, base.weights[name])}
     assert moved
@@ -109,6 +111,15 @@ def test_a_base_that_cannot_do_what_is_asked_is_refused_before_training(store, m
     other = make_recipe("kronos").model_copy(update={"tune": TuneTable(base="toto-demo")})
     with pytest.raises(ValueError, match="is of the family toto, not kronos"):
         train(other, store, lambda *_: None, tmp_path)
+
+
+def test_serving_defaults_are_the_bases_unless_the_recipe_has_others(store, make_recipe, tiny):
+    config, weights = tiny["kronos"]
+    put_version(store, "sharp", "kronos", config, weights, serving={"top_p": 0.7, "temperature": 0.6})
+    recipe = make_recipe("kronos").model_copy(update={"tune": TuneTable(base="sharp")})
+    assert recipe.serving.top_p == 1.0
+    serving = based(recipe, store)[0].serving
+    assert (serving.top_p, serving.temperature) == (1.0, 0.6)
 
 
 def test_training_starts_from_scratch_or_from_a_version(make_recipe):

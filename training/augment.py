@@ -14,7 +14,7 @@ def mirror(candles: Floats, rows: np.ndarray) -> Floats:
     origin = candles[:, :1, CLOSE] ** 2
     for column, source in ((OPEN, OPEN), (HIGH, LOW), (LOW, HIGH), (CLOSE, CLOSE)):
         out[rows, :, column] = (origin / candles[..., source])[rows]
-    return _with_own_amounts(out)
+    return with_own_amounts(out)
 
 
 def scale_moves(candles: Floats, factors: Floats) -> Floats:
@@ -30,10 +30,18 @@ def scale_moves(candles: Floats, factors: Floats) -> Floats:
     anchors = np.concatenate([before[:, :1], closes[:, :-1]], axis=1)
     out = candles.copy()
     out[..., PRICES] = np.exp(anchors[..., None] + moves)
-    return _with_own_amounts(out)
+    return with_own_amounts(out)
 
 
-def _with_own_amounts(candles: Floats) -> Floats:
+def mirrored_bars(candles: Floats) -> Floats:
+    """What each bar of `[B, L, 6]` would be had it moved the other way from the close before it; others as they are."""
+    before = np.concatenate([candles[:, :1, OPEN], candles[:, :-1, CLOSE]], axis=1)[..., None]
+    out = candles.copy()
+    out[..., PRICES] = before**2 / candles[..., [OPEN, LOW, HIGH, CLOSE]]
+    return with_own_amounts(out)
+
+
+def with_own_amounts(candles: Floats) -> Floats:
     """Amounts of the new prices: the old ones would tell the network what the prices had been."""
     out = candles.copy()
     out[..., AMOUNT] = candles[..., PRICES].mean(axis=-1) * candles[..., VOLUME]

@@ -3,6 +3,7 @@
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.kronos.network import Block, KronosPredictor
@@ -15,7 +16,8 @@ def start_at_random_walk(network: TotoNetwork, first_scale: float = 0.1) -> None
 
     Width 0 of the residual stream carries the last value of the patch and is all the location sees; width 1 of
     the unembedding carries the scale; residual branches start at zero. `first_scale` is the one-step spread in
-    the units of the scaler.
+    the units of the scaler. The other widths see the changes inside the patch, in such spreads, beside a constant in
+    width 1: volatility is then two layers away, where levels would drown it.
     """
     config = network.config
     patch = config.patch_size
@@ -25,10 +27,15 @@ def start_at_random_walk(network: TotoNetwork, first_scale: float = 0.1) -> None
                 output.weight.zero_()
                 output.bias.zero_()
         embedding, head = network.patch_embed.projection, network.output_distribution
+        changes = F.pad(embedding.weight[:, 1:], (1, 1)) / first_scale  # none before the first, nor after the last
+        embedding.weight.copy_(changes[:, :-1] - changes[:, 1:])
+        embedding.weight[1].zero_()
+        embedding.bias[1] = config.embed_dim**0.5  # alone it would have the root mean square 1
         embedding.weight[0].zero_()
         embedding.weight[0, -1] = 1
         embedding.bias[0] = 0
         unembed, bias = network.unembed.weight.view(patch, config.embed_dim, -1), network.unembed.bias.view(patch, -1)
+        unembed[..., 1] = 0
         unembed[:, 0].zero_()
         unembed[:, 0, 0] = 1
         bias[:, 0] = 0
@@ -75,16 +82,30 @@ def _outputs(layer: Layer) -> tuple[nn.Linear, nn.Linear]:
 
 
 def start_with_bits(predictor: KronosPredictor, scale: float = 0.5) -> None:
-    """Start embeddings and heads from the tokens' own bits: codes that share bits are close from step 0 on."""
-    config = predictor.config
+    """Start at a random walk over tokens: the present one is the likeliest next, then those that share most bits.
+
+    The bits of both tokens pass through to their heads; all else starts small.
+    """
+    config, embedding, fusion = predictor.config, predictor.embedding, predictor.embedding.fusion_proj
+    halves = (
+        (embedding.emb_s1, predictor.head.proj_s1, config.s1_bits),
+        (embedding.emb_s2, predictor.head.proj_s2, config.s2_bits),
+    )
     with torch.no_grad():
-        for table, head, bits in (
-            (predictor.embedding.emb_s1, predictor.head.proj_s1, config.s1_bits),
-            (predictor.embedding.emb_s2, predictor.head.proj_s2, config.s2_bits),
-        ):
+        fusion.bias.zero_()
+        fusion.weight[: config.s1_bits + config.s2_bits].zero_()
+        tables = [weight for table, head, _ in halves for weight in (table.weight, head.weight)]
+        for parameter in (*tables, *predictor.time_emb.parameters(), predictor.dep_layer.cross_attn.out_proj.weight):
+            parameter.mul_(0.1)
+        first = 0
+        for index, (table, head, bits) in enumerate(halves):
+            places = torch.arange(first, first + bits)
             codes = unpack_bits(torch.arange(2**bits), bits) * scale
-            table.weight[:, :bits] = codes
-            head.weight[:, :bits] = codes
+            table.weight[:, places] = codes
+            head.weight[:, places] = codes
+            fusion.weight[places, index * config.d_model + places] = 1 / (scale * config.d_model**0.5)
+            first += bits
+    damp_residuals(predictor.transformer, 0.1)
 
 
 def damp_residuals(blocks: nn.ModuleList, factor: float) -> None:

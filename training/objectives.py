@@ -1,6 +1,6 @@
 """What each network is trained for: likelihood of the next patches, of the next tokens, and reconstruction."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,17 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.calendars import calendar_features
-from models.candles import CLOSE, VARIATES, VOLUME, Floats
+from models.candles import CLOSE, COLUMNS, VARIATES, VOLUME, Floats
 from models.kronos.forecaster import normalise
 from models.kronos.network import KronosPredictor
 from models.kronos.quantizer import entropy_penalty, quantize
 from models.kronos.tokenizer import KronosTokenizer
 from models.toto.network import TotoNetwork
 from models.toto.transform import Transform
-from training.augment import aggregate, mirror, scale_moves
+from training.augment import aggregate, mirror, mirrored_bars, scale_moves
 from training.initial import frozen_location
 from training.loop import Batch
 from training.losses import Loss, nll
+from training.simulated import partly_simulated
 from training.windows import WindowSampler
 
 
@@ -37,6 +38,7 @@ class NextPatch:
     rng: np.random.Generator
     pointwise: Loss = nll
     holds_location: bool = True  # as the random walk has it
+    simulated: float = 0.0  # share of the windows
     steps_drawn: int = 16
     close_weight: float = 2.0
     volume_weight: float = 0.2
@@ -52,7 +54,7 @@ class NextPatch:
         """Encoded candles `[B, V, T + S]`, and the steps of a patch `[B, steps_drawn]`, the same in every row."""
         bars = int(self.rng.choice(list(self.samplers)))
         candles = aggregate(self.samplers[bars].draw(rows, self.rng).candles, bars)
-        candles = mirror(candles, self.rng.random(rows) < 0.5)
+        candles = partly_simulated(mirror(candles, self.rng.random(rows) < 0.5), self.simulated, self.rng)
         encoded = self.transform.encode(candles, self.context)
         values = torch.from_numpy(encoded.astype(np.float32)).transpose(1, 2)
         steps = np.sort(self.rng.choice(self.network.config.patch_size, self.steps_drawn, replace=False))
@@ -92,14 +94,17 @@ class _KronosWindows:
     sampler: WindowSampler
     lookback: int
     rng: np.random.Generator
+    simulated: float = 0.0  # share of the windows, at the times of real ones
 
-    def draw(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Candles `[B, L, 6]` and calendar features `[B, L, 5]`."""
+    def draw(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Candles `[B, L, 6]`, the mirror image of each, and calendar features `[B, L, 5]`."""
         windows = self.sampler.draw(rows, self.rng)
         signs = np.where(self.rng.random(windows.candles.shape[:2]) < 0.5, -1.0, 1.0)
-        candles = scale_moves(windows.candles, signs)
+        candles = scale_moves(partly_simulated(windows.candles, self.simulated, self.rng), signs)
+        both = normalised_windows(np.concatenate([candles, mirrored_bars(candles)], axis=1), self.lookback)
+        real, mirrored = np.split(both, 2, axis=1)
         stamps = np.stack([calendar_features(local) for local in windows.local_times])
-        return torch.from_numpy(normalised_windows(candles, self.lookback)), torch.from_numpy(stamps)
+        return torch.from_numpy(real), torch.from_numpy(mirrored), torch.from_numpy(stamps)
 
 
 def normalised_windows(candles: Floats, lookback: int) -> np.ndarray:
@@ -110,12 +115,22 @@ def normalised_windows(candles: Floats, lookback: int) -> np.ndarray:
 class TokenizerReconstruction:
     """Reconstruction from the coarse and from all bits, plus commitment and entropy of the code.
 
-    loss = mse(coarse) + mse(all) + beta E|code - z|^2 + zeta (gamma0 H(bits|z) - gamma H(bits)), as upstream.
+    loss = mse(coarse) + mse(all) + beta E|code - z|^2 + zeta (gamma0 H(bits|z) - gamma H(bits)), as upstream, where
+    the squared errors of a variate count by its weight.
     """
 
-    def __init__(self, network: KronosTokenizer, sampler: WindowSampler, lookback: int, rng: np.random.Generator):
+    def __init__(
+        self,
+        network: KronosTokenizer,
+        sampler: WindowSampler,
+        lookback: int,
+        rng: np.random.Generator,
+        simulated: float = 0.0,
+        weights: Sequence[float] = (1.0,) * len(COLUMNS),
+    ):
         self.network, self.rng = network, rng
-        self._windows = _KronosWindows(sampler, lookback, rng)
+        self._windows = _KronosWindows(sampler, lookback, rng, simulated)
+        self._weights = torch.tensor(weights) * (len(weights) / sum(weights))
 
     def parameters(self) -> Iterable[nn.Parameter]:
         return self.network.parameters()
@@ -133,17 +148,24 @@ class TokenizerReconstruction:
         commitment = (quantize(latent).detach() - unit).square().sum(-1).mean()
         entropy = entropy_penalty(unit, config.group_size, per_sample=config.gamma0, codebook=config.gamma)
         return {
-            "mse_coarse": F.mse_loss(from_coarse.float(), candles),
-            "mse_all": F.mse_loss(from_all.float(), candles),
+            "mse_coarse": self._error(from_coarse, candles),
+            "mse_all": self._error(from_all, candles),
             "commitment": config.beta * commitment,
             "entropy": config.zeta * entropy,
         }
+
+    def _error(self, reconstructed: Tensor, candles: Tensor) -> Tensor:
+        return ((reconstructed.float() - candles).square() * self._weights).mean()
 
     def after_step(self) -> None: ...
 
 
 class NextToken:
-    """Teacher-forced cross-entropy of both halves of the next token; targets inside the lookback count little."""
+    """Teacher-forced cross-entropy of both halves of the next token; targets inside the lookback count little.
+
+    Each target counts half, and half what it would be had the bar moved the other way, which was as likely: the coin
+    that mirrors bars would otherwise teach, by luck, directions that its expectation does not have.
+    """
 
     def __init__(
         self,
@@ -153,10 +175,11 @@ class NextToken:
         lookback: int,
         rng: np.random.Generator,
         lookback_weight: float = 0.05,
+        simulated: float = 0.0,
     ):
         self.network, self.rng = network, rng
         self._tokenizer = tokenizer.eval()
-        self._windows = _KronosWindows(sampler, lookback, rng)
+        self._windows = _KronosWindows(sampler, lookback, rng, simulated)
         self._lookback, self._lookback_weight = lookback, lookback_weight
 
     def parameters(self) -> Iterable[nn.Parameter]:
@@ -167,16 +190,32 @@ class NextToken:
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Of coarse and fine tokens, half the mean entropy each."""
-        candles, stamps = batch
+        candles, mirrored, stamps = batch
         with torch.no_grad():
             coarse, fine = self._tokenizer.encode(candles)
-        logits = self.network(coarse[:, :-1], fine[:, :-1], stamps[:, :-1], coarse[:, 1:])
-        weight = torch.full((candles.shape[1] - 1,), self._lookback_weight)
+            targets = [(coarse[:, 1:], fine[:, 1:]), self._mirrored_tokens(candles, mirrored)]
+        hidden = self.network.hidden(coarse[:, :-1], fine[:, :-1], stamps[:, :-1])
+        logits = self.network.head.proj_s1(hidden)
+        weight = torch.full(hidden.shape[1:2], self._lookback_weight)
         weight[self._lookback - 1 :] = 1.0
-        parts = {}
-        for name, part, target in zip(("coarse", "fine"), logits, (coarse, fine), strict=True):
-            entropy = F.cross_entropy(part.flatten(0, 1).float(), target[:, 1:].flatten(), reduction="none")
-            parts[name] = (entropy.view(len(target), -1).mean(0) / 2 * weight).sum() / weight.sum()
+        weight /= weight.sum() * 2 * len(targets)
+        parts = {"coarse": torch.zeros(()), "fine": torch.zeros(())}
+        for next_coarse, next_fine in targets:
+            parts["coarse"] = parts["coarse"] + _entropy(logits, next_coarse) @ weight
+            parts["fine"] = parts["fine"] + _entropy(self.network.fine(hidden, next_coarse), next_fine) @ weight
         return parts
 
+    def _mirrored_tokens(self, candles: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor]:
+        """Coarse and fine `[B, T - 1]` of every bar but the first, mirrored while the bar before it is not."""
+        odd = torch.arange(candles.shape[1]) % 2 == 1
+        passes = [self._tokenizer.encode(torch.where(turn[:, None], mirrored, candles)) for turn in (odd, ~odd)]
+        coarse, fine = (torch.where(odd, first, second) for first, second in zip(*passes, strict=True))
+        return coarse[:, 1:], fine[:, 1:]
+
     def after_step(self) -> None: ...
+
+
+def _entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """`[T]` mean over the rows of the cross-entropy of `[B, T, tokens]` and `[B, T]`."""
+    found = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+    return found.view(len(targets), -1).mean(0)

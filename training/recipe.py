@@ -7,6 +7,7 @@ from typing import Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from models.candles import COLUMNS
 from training.losses import LossName
 from training.tuning import ADAPTERS_ALONE, TuneTable
 
@@ -80,6 +81,13 @@ class ObjectiveTable(_Strict):
     loss: LossName = Field("nll", description="Toto: what the mixture is fitted by.")
     bars: tuple[int, ...] = Field((1,), description="Toto: candles merged into one; each window picks one of them.")
     ahead: int | None = Field(None, gt=0, description="Kronos: candles after the lookback; default: the horizon.")
+    weights: tuple[float, ...] = Field(
+        (1.0,) * len(COLUMNS),
+        min_length=len(COLUMNS),
+        max_length=len(COLUMNS),
+        description="Kronos: how much open, high, low, close, volume and amount count in the tokenizer's errors.",
+    )
+    simulated: float = Field(0.0, ge=0, le=1, description="Share of windows from simulated markets, each a new one.")
 
 
 class ServingTable(_Strict):

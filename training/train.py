@@ -285,6 +285,7 @@ def _fit_toto(prepared: Prepared, run: RunPhase) -> Trained:
         rng=np.random.default_rng(recipe.seed),
         pointwise=LOSSES[recipe.objective.loss],
         holds_location=prepared.base is None,
+        simulated=recipe.objective.simulated,
     )
     runs = {"network": run("network", objective, lambda: merged(network))}
     return Trained(merged(network), runs, adapter_of(network))
@@ -305,12 +306,15 @@ def _fit_kronos(prepared: Prepared, run: RunPhase) -> Trained:
             damp_residuals(blocks, 0.1)
     runs = {}
     if "tokenizer" in recipe.phases:
-        runs["tokenizer"] = run("tokenizer", TokenizerReconstruction(tokenizer, sampler, recipe.context, rng))
+        reconstruction = TokenizerReconstruction(
+            tokenizer, sampler, recipe.context, rng, recipe.objective.simulated, recipe.objective.weights
+        )
+        runs["tokenizer"] = run("tokenizer", reconstruction)
     if recipe.tune:
         open_up(predictor, "kronos", recipe.tune)
     else:
         start_with_bits(predictor)
-    next_token = NextToken(predictor, tokenizer, sampler, recipe.context, rng)
+    next_token = NextToken(predictor, tokenizer, sampler, recipe.context, rng, simulated=recipe.objective.simulated)
     runs["predictor"] = run("predictor", next_token, lambda: merged(both))
     return Trained(merged(both), runs, adapter_of(both))
 

@@ -222,9 +222,18 @@ class KronosPredictor(nn.Module):
 
         `coarse`, `fine`, `next_coarse` are `[B, T]` token indices, `stamps` `[B, T, 5]` calendar features.
         """
+        hidden = self.hidden(coarse, fine, stamps)
+        return self.head.proj_s1(hidden), self.fine(hidden, next_coarse)
+
+    def hidden(self, coarse: Tensor, fine: Tensor, stamps: Tensor) -> Tensor:
+        """`[B, T, D]`, which the coarse logits are a linear map of."""
         x = self.embedding(coarse, fine) + self.time_emb(stamps)
         for block in self.transformer:
             x = block(x)
-        hidden = self.norm(x)
-        conditioned = self.dep_layer(hidden, self.embedding.emb_s1(next_coarse))
-        return self.head.proj_s1(hidden), self.head.proj_s2(conditioned)
+        out: Tensor = self.norm(x)
+        return out
+
+    def fine(self, hidden: Tensor, next_coarse: Tensor) -> Tensor:
+        """Logits of the next fine tokens, given the next coarse ones."""
+        logits: Tensor = self.head.proj_s2(self.dep_layer(hidden, self.embedding.emb_s1(next_coarse)))
+        return logits

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from models.candles import CLOSE, check_candles
-from training.augment import aggregate, mirror, scale_moves
+from training.augment import aggregate, mirror, mirrored_bars, scale_moves
 
 
 @pytest.fixture
@@ -31,6 +31,16 @@ def test_mirrored_bars_are_valid_and_move_the_other_way(windows):
     flipped = scale_moves(windows, signs)
     check_candles(flipped.reshape(-1, 6))
     np.testing.assert_allclose(moves(flipped), moves(windows) * signs[:, 1:], atol=1e-12)
+
+
+def test_mirror_images_of_bars_start_where_the_bars_do(windows):
+    images = mirrored_bars(windows)
+    check_candles(images.reshape(-1, 6))
+    before = np.log(windows[:, :-1, CLOSE])
+    np.testing.assert_allclose(np.log(images[:, 1:, CLOSE]) - before, -moves(windows), atol=1e-12)
+    one = np.ones(windows.shape[:2])
+    one[:, 7] = -1
+    np.testing.assert_allclose(images[:, 7], scale_moves(windows, one)[:, 7], rtol=1e-12)
 
 
 def test_unit_factors_change_nothing(windows):

@@ -78,6 +78,13 @@ def test_start_is_the_naive_forecast_with_a_spread_that_grows(toto, samples):
     assert 1.6 < spread[8:].mean() / spread[:4].mean() < 3.2  # 2.29 for roots of the step, and the noise of the rest
 
 
+def test_start_sees_the_changes_inside_a_patch_and_no_level(toto):
+    patches = torch.randn(5, 16).cumsum(-1)
+    here, there = toto.patch_embed(patches), toto.patch_embed(patches + 7)
+    torch.testing.assert_close(there[:, 0] - here[:, 0], torch.full((5,), 7.0))
+    torch.testing.assert_close(there[:, 1:], here[:, 1:], rtol=0, atol=1e-3)
+
+
 def test_training_moves_the_spread_but_never_the_location(toto, samples, split):
     sampler = WindowSampler(samples, split, 128 + 16)
     objective = NextPatch(toto, {1: sampler}, LogScales(*LOG), 128, np.random.default_rng(0), steps_drawn=8)
@@ -140,6 +147,49 @@ def test_tokenizer_and_predictor_learn(samples, split):
     run = fit(objective, Phase(steps=60, max_seconds=60, learning_rate=1e-2), lambda done, note: None)
     assert run.loss < 0.9 * start
     assert all(torch.equal(frozen[name], tensor) for name, tensor in tokenizer.state_dict().items())
+
+
+@torch.inference_mode()
+def test_tokens_start_at_a_random_walk():
+    torch.manual_seed(0)
+    predictor = KronosPredictor(PredictorConfig.from_published(PREDICTOR))
+    start_with_bits(predictor)
+    now = torch.randint(0, 16, (2, 4, 24))
+    stamps = torch.randint(1, 7, (4, 24, 5))
+    following = torch.randint(0, 16, (4, 24))
+    for token, logits in zip(now, predictor(*now, stamps, following), strict=True):
+        assert (logits.argmax(-1) == token).float().mean() > 0.95
+
+
+@torch.inference_mode()
+def test_a_bar_teaches_as_much_as_its_mirror_image(samples, split):
+    torch.manual_seed(0)
+    alone = TokenizerConfig.from_published(TOKENIZER | {"n_enc_layers": 1})  # no token knows those before it
+    predictor = KronosPredictor(PredictorConfig.from_published(PREDICTOR))
+    sampler = WindowSampler(samples, split, 80)
+    objective = NextToken(predictor, KronosTokenizer(alone), sampler, 64, np.random.default_rng(0), lookback_weight=0.0)
+    candles, mirrored, stamps = objective.draw(8)
+    other, image = candles.clone(), mirrored.clone()
+    other[:, -1], image[:, -1] = mirrored[:, -1], candles[:, -1]
+    assert total_loss(objective, (other, image, stamps)) == pytest.approx(
+        total_loss(objective, (candles, mirrored, stamps)), rel=1e-6
+    )
+    assert total_loss(objective, (candles, candles, stamps)) != pytest.approx(
+        total_loss(objective, (candles, mirrored, stamps)), rel=1e-6
+    )
+
+
+@torch.inference_mode()
+def test_errors_of_a_variate_count_by_its_weight(samples, split):
+    torch.manual_seed(0)
+    tokenizer = KronosTokenizer(TokenizerConfig.from_published(TOKENIZER))
+    sampler = WindowSampler(samples, split, 80)
+    blind = TokenizerReconstruction(tokenizer, sampler, 64, np.random.default_rng(0), weights=(1, 1, 1, 1, 0, 0))
+    even = TokenizerReconstruction(tokenizer, sampler, 64, np.random.default_rng(0))
+    (candles,) = even.draw(8)
+    errors = (tokenizer(candles)[1] - candles).square().mean((0, 1))
+    assert float(even.loss((candles,))["mse_all"]) == pytest.approx(float(errors.mean()), rel=1e-5)
+    assert float(blind.loss((candles,))["mse_all"]) == pytest.approx(float(errors[:4].mean()), rel=1e-5)
 
 
 def test_targets_inside_the_lookback_count_little(samples, split):

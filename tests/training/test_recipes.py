@@ -11,6 +11,8 @@ from training.candle_files import digest
 from training.recipe import Recipe, SelectTable, read_recipe
 from training.train import drift_baselines, prepare, score, train
 
+# Reached with room for another machine's rounding, which sampling and 1000 steps make larger: ratio, least skill, band.
+REACHED = {"toto": (1.01, -0.005, (0.79, 0.89)), "kronos": (1.03, -0.04, (0.76, 0.87))}
 RECIPES = sorted((Path(__file__).parents[2] / "training" / "recipes").glob("*.toml"))
 
 
@@ -84,11 +86,11 @@ def test_recipe_reaches_what_the_documents_claim(recipe, tmp_path):
     for phase in content["phases"].values():
         phase["max_seconds"] = None  # however slow the machine
     manifest = train(Recipe.model_validate(content), ModelStore(tmp_path / "store"), lambda *_: None, tmp_path)
-    # Wider than the aims by what the machine's speed and noise may take: a broken recipe lands far outside.
+    ratio, skill, (low, high) = REACHED[recipe.family]
     for evaluation in manifest.evaluations:
-        assert evaluation.metrics["crps_ratio_walk"].value < 1.10
-        assert evaluation.metrics["skill_vs_naive"].value > -0.12
-        assert 0.68 < evaluation.metrics["coverage_80"].value < 0.92
+        assert evaluation.metrics["crps_ratio_walk"].value < ratio
+        assert evaluation.metrics["skill_vs_naive"].value > skill
+        assert low < evaluation.metrics["coverage_80"].value < high
 
 
 def baseline_blocks(recipe):

@@ -124,12 +124,12 @@ def _load_history(folder: Path, url: str) -> list[str]:
     from contextlib import closing
 
     from feeds.put import NoAnswer, Refused, Service
-    from training.candle_files import load
+    from training.candle_files import read_folder
 
     loaded = []
     try:
         with closing(Service(url)) as service:
-            for item in load(folder)[0]:
+            for item, _ in read_folder(folder):
                 try:
                     service.put(item.symbol, item.timestamps, item.candles, item.interval)
                 except Refused as error:
@@ -347,29 +347,51 @@ def check_data(folder: Path, summary: Path, as_json: bool, **options: Any) -> No
 
 
 @main.command()
-@click.argument(
-    "paths", metavar="RECIPE...", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
+@click.argument("paths", metavar="[RECIPE]...", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--base", help="NAME or NAME@VERSION to fine-tune with a preset, instead of a recipe.")
+@click.option(
+    "--preset",
+    type=click.Choice(["quick", "full"]),
+    default="quick",
+    show_default=True,
+    help="For --base: adapters in minutes on a laptop, or all weights as upstream fine-tunes them.",
 )
+@click.option("--data", "folder", type=CandleFolder, help="For --base: CSV or Parquet files.")
+@click.option("--name", help="For --base: of the new model; default: the base's with -tuned.")
+@click.option("--interval", help="For --base: where the folder has several.")
+@click.option("--unseen", default="", help="For --base: comma-separated symbols to be held out of training.")
+@click.option("--print-recipe", is_flag=True, help="For --base: print the recipe and end.")
 @click.option("--if-missing", is_flag=True, help="Skip recipes whose model the store has in production.")
 @click.option("--train-root", type=CandleFolder, help="Train on this folder instead of what the recipe splits.")
 @click.option("--val-root", type=CandleFolder, help="Validate on this one, all of it later; may be left out.")
 @click.option("--test-root", type=CandleFolder, help="Test on this one, later still; symbols only it has are unseen.")
 @click.option("--restart", is_flag=True, help="Start anew where a run of the same recipe was ended early.")
+@click.option(
+    "--tensorboard", type=click.Path(file_okay=False, path_type=Path), help="Write TensorBoard's event files here too."
+)
 @HomeFolder
 @StoreRoot
 @JsonFlag
 def train(
     paths: tuple[Path, ...],
+    base: str | None,
+    preset: str,
+    folder: Path | None,
+    name: str | None,
+    interval: str | None,
+    unseen: str,
+    print_recipe: bool,
     if_missing: bool,
     train_root: Path | None,
     val_root: Path | None,
     test_root: Path | None,
     restart: bool,
+    tensorboard: Path | None,
     home: Path,
     store_root: str,
     as_json: bool,
 ) -> None:
-    """Train every RECIPE side by side, evaluate it and put the version into the store.
+    """Train every RECIPE side by side, or fine-tune a --base; evaluate and put the version into the store.
 
     A run that was ended early goes on where it was: with the same recipe and candles, to the same weights.
     With per_symbol in its [tune], a recipe makes one version for each symbol; those that are there already stay.
@@ -377,13 +399,30 @@ def train(
 
     \b
     Example: candlecast train training/recipes/toto-demo.toml
+             candlecast train --base toto-demo --data data/samples
     """
     from model_store.store import PRODUCTION, ModelStore
+    from training.presets import write_recipe
     from training.progress import train_all
-    from training.recipe import read_recipe
+    from training.recipe import parse_recipe, read_recipe
     from training.train import verdict
 
-    store, recipes = ModelStore(store_root), [read_recipe(path) for path in paths]
+    store = ModelStore(store_root)
+    if bool(paths) == bool(base) or bool(base) != bool(folder):
+        raise click.UsageError("give a RECIPE, or --base and --data")
+    leads = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
+    if base and folder:
+        held_out = [symbol for symbol in unseen.split(",") if symbol]
+        text = write_recipe(
+            preset, store, base, folder, name=name, interval=interval, unseen=held_out, cache=home / "cache"
+        )
+        if leads:
+            click.echo(text, err=not print_recipe)
+        if print_recipe:
+            return
+        recipes = [parse_recipe(text)]
+    else:
+        recipes = [read_recipe(path) for path in paths]
     if train_root and test_root:
         recipes = [recipe.with_roots(train_root, val_root, test_root) for recipe in recipes]
     elif train_root or val_root or test_root:
@@ -391,14 +430,15 @@ def train(
     if any(recipe.tune and recipe.tune.per_symbol for recipe in recipes):
         if len(recipes) > 1:
             raise click.UsageError("a recipe with per_symbol is trained alone")
-        _train_per_symbol(recipes[0], store, home, restart, as_json)
+        _train_per_symbol(recipes[0], store, home, as_json, restart=restart, tensorboard=tensorboard)
         return
     there = [r.name for r in recipes if if_missing and PRODUCTION in store.aliases(r.name)]
     missing = [recipe for recipe in recipes if recipe.name not in there]
     manifests = [store.manifest(name) for name in there]
     if missing:
-        leads = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
-        manifests += train_all(missing, store_root, home, restart=restart, quiet=as_json or not leads)
+        manifests += train_all(
+            missing, store_root, home, restart=restart, tensorboard=tensorboard, quiet=as_json or not leads
+        )
         if not leads:
             return
     for manifest in manifests:
@@ -406,14 +446,14 @@ def train(
         _print_version(manifest, as_json, [*notes, *(verdict(evaluation) for evaluation in manifest.evaluations)])
 
 
-def _train_per_symbol(recipe: "Recipe", store: "ModelStore", home: Path, restart: bool, as_json: bool) -> None:
+def _train_per_symbol(recipe: "Recipe", store: "ModelStore", home: Path, as_json: bool, **options: Any) -> None:
     from rich.console import Console
 
     from training.per_symbol import outcomes_table, train_per_symbol
     from training.progress import bars
 
     with bars(quiet=as_json) as track:
-        outcomes = train_per_symbol(recipe, store, track, home, restart=restart)
+        outcomes = train_per_symbol(recipe, store, track, home, **options)
     if as_json:
         click.echo(json.dumps([outcome.as_json() for outcome in outcomes]))
     else:
@@ -630,13 +670,13 @@ def export(
     from model_store.artefacts import machine_key
     from model_store.store import ModelStore
     from models.runtimes.kinds import KINDS
-    from training.candle_files import load
     from training.export import export
+    from training.packed import pack_folder
 
     kind = KINDS.get(f"{runtime}-{dtype}")
     if kind is None:
         raise ValueError(f"{runtime} has no {dtype}: use {', '.join(KINDS)}")
-    series, _ = load(folder)
+    series = pack_folder(folder, home / "cache")
     artefact = export(
         ModelStore(store_root), reference, kind, series, key=machine_key(home), device=device, windows=windows
     )

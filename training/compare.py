@@ -8,10 +8,10 @@ from pathlib import Path
 
 from model_store.store import ModelStore
 from models.forecaster import DEFAULT_LOOKBACK, Forecaster, Sampling, served_sampling
-from training import candle_files
 from training.baselines import LOOKBACK, baseline
 from training.evaluate import side_by_side
 from training.judged import Judged, judge
+from training.packed import pack_folder
 from training.train import Track, refuse_leak
 from training.windows import Origins, Part, rolling_origins, split_from_recipe
 
@@ -52,7 +52,7 @@ def compare(
     """
     rivals = {name: (baseline(name), LOOKBACK, Sampling()) for name in baselines}
     loaded = [load_forecaster(store, reference) for reference in references]
-    series, _ = candle_files.load(folder)
+    series = pack_folder(folder)
     steps = horizon or min(min(f.limits.max_horizon for _, f, _, _ in loaded), 64)
     split = split_from_recipe({"val_from": val_from, "test_from": test_from, "unseen": unseen}, series, steps)
     for reference in references:

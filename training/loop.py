@@ -6,17 +6,19 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from training import processes
 from training.recipe import Phase, SelectTable
-from training.resume import Place, read_state, write_state
+from training.resume import Log, Place, read_state, write_state
 
 _MAXRSS_UNIT: Final = 1 if sys.platform == "darwin" else 1024  # bytes
 _NO_MEMORY: Final = "can't allocate memory"  # torch says so on a CPU, in a RuntimeError like any other
@@ -31,6 +33,7 @@ class OutOfMemory(RuntimeError):
 
 
 Batch = tuple[Tensor, ...]
+LossOf = Callable[[Batch], Mapping[str, Tensor]]
 Report = Callable[[float, str], None]  # share done, one line
 
 
@@ -102,12 +105,28 @@ def fit(
     Diverged and OutOfMemory say which state is the last good one. Where there are several processes, all of them
     call this; each takes its share of every batch, and all end with the same weights.
     """
-    fitting = _Fitting(objective, phase)
+    fitting = Fitting(objective, phase)
     if place and place.state.exists():
         fitting.restore(*read_state(place.state))
+    losses = fitting.losses
+    with place.log(len(losses)) if place and processes.rank() == 0 else nullcontext() as log:
+        _descend(fitting, phase, report, log, place, selection)
+    notes = tuple(note for note in (fitting.schedule.note, fitting.finish(place)) if note)
+    processes.wait()  # or the first would be gone, and its files, before the last has read them
+    report(1.0, f"{len(losses)} steps, loss {_tail_mean(losses):.4f}")
+    return Run(len(losses), fitting.seconds(), _tail_mean(losses), notes)
+
+
+def _descend(
+    fitting: "Fitting",
+    phase: Phase,
+    report: Report,
+    log: Log | None,
+    place: Place | None,
+    selection: Selection | None,
+) -> None:
+    """Take the steps that are left."""
     schedule, losses = fitting.schedule, fitting.losses
-    leads = processes.rank() == 0
-    log = place.log(len(losses)) if place and leads else None
     while (step := len(losses)) < schedule.steps:
         if phase.max_seconds and processes.agreed(fitting.seconds())[0] > phase.max_seconds:
             schedule.wind_down(step)
@@ -119,15 +138,11 @@ def fit(
             facts |= fitting.judge(place, selection)._asdict()
         if log:
             log.write(facts)
-        if place and leads and _due(len(losses), phase.save_every, schedule):
+        if place and processes.rank() == 0 and _due(len(losses), phase.save_every, schedule):
             write_state(place.state, fitting.tensors(), fitting.facts())
             if selection:
                 place.keep_best(fitting.best(selection.table.keep))
         report(len(losses) / schedule.steps, f"step {len(losses)}, loss {_tail_mean(losses):.4f}")
-    notes = tuple(note for note in (schedule.note, fitting.finish(place)) if note)
-    processes.wait()  # or the first would be gone, and its files, before the last has read them
-    report(1.0, f"{len(losses)} steps, loss {_tail_mean(losses):.4f}")
-    return Run(len(losses), fitting.seconds(), _tail_mean(losses), notes)
 
 
 def _due(step: int, every: int, schedule: "Schedule") -> bool:
@@ -140,11 +155,12 @@ def _explained(error: Exception, phase: Phase, step: int, place: Place | None) -
         return Diverged(f"{error} at step {step}: lower the learning rate or the clipping norm{kept}")
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or _NO_MEMORY in str(error):
         rows = f"batch_rows = {phase.batch_rows} and accumulate = {phase.accumulate}"
-        return OutOfMemory(f"out of memory at step {step} with {rows}: raise the latter or lower the former{kept}")
+        mend = "raise the latter, lower the former" + ("" if phase.checkpoint else " or set checkpoint = true")
+        return OutOfMemory(f"out of memory at step {step} with {rows}: {mend}{kept}")
     return error
 
 
-class _Fitting:
+class Fitting:
     """Everything that the next step depends on."""
 
     def __init__(self, objective: Objective, phase: Phase) -> None:
@@ -154,8 +170,11 @@ class _Fitting:
         self._device = next(iter(objective.parameters())).device.type
         self._parameters = [p for p in objective.parameters() if p.requires_grad]
         self._optimiser = torch.optim.AdamW(
-            self._parameters, lr=phase.learning_rate, betas=phase.betas, weight_decay=phase.weight_decay
+            self._parameters, lr=phase.learning_rate, betas=phase.betas, weight_decay=phase.weight_decay, fused=True
         )
+        self._loss: LossOf = torch.compile(objective.loss, dynamic=False) if phase.compile else objective.loss
+        if phase.checkpoint:
+            self._loss = _run_again(objective.network, self._loss)
         if phase.batch_rows % (phase.accumulate * processes.count()):
             raise ValueError(f"{phase.batch_rows} rows do not make equal pieces for {processes.count()} processes")
         self._average = [p.detach().clone() for p in self._parameters] if phase.ema else []
@@ -175,9 +194,11 @@ class _Fitting:
         parts = self._gradients()
         if not math.isfinite(loss := sum(parts.values())):
             raise Diverged(f"the loss is {loss}")
-        norm = float(nn.utils.clip_grad_norm_(self._parameters, self._phase.clip))
+        norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         if not math.isfinite(norm):
-            raise Diverged(f"the loss is {loss}, but its gradient's norm is {norm}")
+            raise Diverged(f"the loss is {loss}, but its gradient's norm is {float(norm)}")
+        if norm > self._phase.clip:
+            nn.utils.clip_grads_with_norm_(self._parameters, self._phase.clip, norm)
         self._optimiser.step()
         self._objective.after_step()
         self._follow()
@@ -187,7 +208,7 @@ class _Fitting:
             "loss": loss,
             "parts": parts,
             "learning_rate": rate,
-            "gradient_norm": norm,
+            "gradient_norm": float(norm),
             "rows_per_second": self._phase.batch_rows / (time.monotonic() - started),
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT,
         }
@@ -200,17 +221,18 @@ class _Fitting:
         batch = self._objective.draw(self._phase.batch_rows)
         several = self._phase.accumulate * processes.count()
         pieces = list(zip(*(tensor.chunk(several) for tensor in batch), strict=True))
-        totals: dict[str, float] = defaultdict(float)
+        names: tuple[str, ...] = ()
+        means = []
         for piece in pieces[processes.rank() :: processes.count()]:
             with torch.autocast(self._device, torch.bfloat16, enabled=self._phase.precision == "bfloat16"):
-                parts = self._objective.loss(piece)
-            (torch.stack(list(parts.values())).sum() / several).backward()
-            for name, part in parts.items():
-                totals[name] += part.item() / several
-        shares = torch.tensor(list(totals.values()), dtype=torch.float64)
+                parts = self._loss(piece)
+            names, found = tuple(parts), torch.stack(list(parts.values()))
+            (found.sum() / several).backward()
+            means.append(found.detach())
+        shares = torch.stack(means).sum(0, dtype=torch.float64) / several
         processes.add_up([shares])
         processes.add_up([p.grad for p in self._parameters if p.grad is not None])
-        return dict(zip(totals, shares.tolist(), strict=True))
+        return dict(zip(names, shares.tolist(), strict=True))
 
     def _follow(self) -> None:
         """Move the average towards the weights, faster while it is young."""
@@ -301,6 +323,26 @@ class _Fitting:
         self._started -= facts["seconds"]
         self._objective.rng.bit_generator.state = facts["rng"]
         torch.set_rng_state(tensors["torch_rng"])
+
+
+def _run_again(network: nn.Module, loss: LossOf) -> LossOf:
+    """`loss`, for which the layers of stacks keep their input alone, and run again in the backward pass.
+
+    Chen et al. 2016, arXiv 1604.06174. The network knows of it only as long as the loss is being computed.
+    """
+    stacks = [stack for stack in network.modules() if isinstance(stack, nn.ModuleList)]
+    again = {layer: partial(checkpoint, layer.forward, use_reentrant=False) for stack in stacks for layer in stack}
+
+    def run(batch: Batch) -> Mapping[str, Tensor]:
+        for layer, forward in again.items():
+            layer.forward = forward
+        try:
+            return loss(batch)
+        finally:
+            for layer in again:
+                del layer.forward  # what its class has is there again
+
+    return run
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -39,6 +39,7 @@ class NextPatch:
     pointwise: Loss = nll
     holds_location: bool = True  # as the random walk has it
     simulated: float = 0.0  # share of the windows
+    mirrored: bool = False  # every other window of real candles, by the toss of a coin
     steps_drawn: int = 16
     close_weight: float = 2.0
     volume_weight: float = 0.2
@@ -54,7 +55,9 @@ class NextPatch:
         """Encoded candles `[B, V, T + S]`, and the steps of a patch `[B, steps_drawn]`, the same in every row."""
         bars = int(self.rng.choice(list(self.samplers)))
         candles = aggregate(self.samplers[bars].draw(rows, self.rng).candles, bars)
-        candles = partly_simulated(mirror(candles, self.rng.random(rows) < 0.5), self.simulated, self.rng)
+        if self.mirrored:
+            candles = mirror(candles, self.rng.random(rows) < 0.5)
+        candles = partly_simulated(candles, self.simulated, self.rng)
         encoded = self.transform.encode(candles, self.context)
         values = torch.from_numpy(encoded.astype(np.float32)).transpose(1, 2)
         steps = np.sort(self.rng.choice(self.network.config.patch_size, self.steps_drawn, replace=False))
@@ -65,14 +68,13 @@ class NextPatch:
         values, steps = batch[0], batch[1][0]
         patch = self.network.config.patch_size
         context = values[..., : self.context]
-        weights = torch.ones_like(context[:, :1])
-        loc, scale = self.network.scale(context, weights)
-        hidden = self.network.embed(context, weights, loc, scale)  # [B, V, P, D]
-        head, bias = self.network.composed_head()
-        projected = torch.einsum("bvpd,skd->bvpsk", hidden, head[steps]) + bias[steps]
+        loc, scale = self.network.scale(context)
+        hidden = self.network.embed(context, loc, scale)  # [B, V, P, D]
+        head, bias = self.network.composed_head(slice(None) if len(steps) == patch else steps)
+        projected = torch.einsum("bvpd,skd->bvpsk", hidden, head) + bias
         targets = values[..., patch:].unflatten(-1, (-1, patch))[..., steps]  # [B, V, P, S]
         scaled = (targets - loc.unsqueeze(-1)) / scale.unsqueeze(-1)
-        variate = torch.ones(len(VARIATES))
+        variate = torch.ones(len(VARIATES), device=values.device)
         variate[CLOSE], variate[VOLUME] = self.close_weight, self.volume_weight
         losses = self.pointwise(self.network.mixture(projected.float()), scaled).mean((0, 2, 3))
         return dict(zip(VARIATES, (losses * variate / variate.sum()).unbind(), strict=True))
@@ -85,26 +87,26 @@ class NextPatch:
 
 @dataclass
 class _KronosWindows:
-    """Normalised windows: statistics from the lookback only, every bar mirrored or not by the toss of a coin.
+    """Normalised windows: statistics from the lookback only, every bar `mirrored` or not by the toss of a coin.
 
-    What is left to learn is volatility, shapes and gaps; a few years of a few symbols would teach a direction
+    What is left to learn is then volatility, shapes and gaps; a few years of a few symbols would teach a direction
     that does not last.
     """
 
     sampler: WindowSampler
     lookback: int
     rng: np.random.Generator
-    simulated: float = 0.0  # share of the windows, at the times of real ones
+    mirrored: bool
+    simulated: float  # share of the windows, at the times of real ones
 
-    def draw(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Candles `[B, L, 6]`, the mirror image of each, and calendar features `[B, L, 5]`."""
+    def draw(self, rows: int) -> tuple[Floats, Tensor]:
+        """Candles `[B, L, 6]` in their own units, and calendar features `[B, L, 5]`."""
         windows = self.sampler.draw(rows, self.rng)
-        signs = np.where(self.rng.random(windows.candles.shape[:2]) < 0.5, -1.0, 1.0)
-        candles = scale_moves(partly_simulated(windows.candles, self.simulated, self.rng), signs)
-        both = normalised_windows(np.concatenate([candles, mirrored_bars(candles)], axis=1), self.lookback)
-        real, mirrored = np.split(both, 2, axis=1)
+        candles = partly_simulated(windows.candles, self.simulated, self.rng)
+        if self.mirrored:
+            candles = scale_moves(candles, np.where(self.rng.random(candles.shape[:2]) < 0.5, -1.0, 1.0))
         stamps = np.stack([calendar_features(local) for local in windows.local_times])
-        return torch.from_numpy(real), torch.from_numpy(mirrored), torch.from_numpy(stamps)
+        return candles, torch.from_numpy(stamps)
 
 
 def normalised_windows(candles: Floats, lookback: int) -> np.ndarray:
@@ -125,18 +127,22 @@ class TokenizerReconstruction:
         sampler: WindowSampler,
         lookback: int,
         rng: np.random.Generator,
+        *,
+        mirrored: bool = False,
         simulated: float = 0.0,
         weights: Sequence[float] = (1.0,) * len(COLUMNS),
     ):
         self.network, self.rng = network, rng
-        self._windows = _KronosWindows(sampler, lookback, rng, simulated)
+        self._windows = _KronosWindows(sampler, lookback, rng, mirrored, simulated)
         self._weights = torch.tensor(weights) * (len(weights) / sum(weights))
 
     def parameters(self) -> Iterable[nn.Parameter]:
         return self.network.parameters()
 
     def draw(self, rows: int) -> Batch:
-        return self._windows.draw(rows)[:1]
+        """Normalised candles `[B, L, 6]`."""
+        candles, _ = self._windows.draw(rows)
+        return (torch.from_numpy(normalised_windows(candles, self._windows.lookback)),)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """By term. The codebook's entropy is that of the batch it is given, and no mean over its rows."""
@@ -155,7 +161,7 @@ class TokenizerReconstruction:
         }
 
     def _error(self, reconstructed: Tensor, candles: Tensor) -> Tensor:
-        return ((reconstructed.float() - candles).square() * self._weights).mean()
+        return ((reconstructed.float() - candles).square() * self._weights.to(candles.device)).mean()
 
     def after_step(self) -> None: ...
 
@@ -163,8 +169,8 @@ class TokenizerReconstruction:
 class NextToken:
     """Teacher-forced cross-entropy of both halves of the next token; targets inside the lookback count little.
 
-    Each target counts half, and half what it would be had the bar moved the other way, which was as likely: the coin
-    that mirrors bars would otherwise teach, by luck, directions that its expectation does not have.
+    Where bars are `mirrored`, each target counts half, and half what it would be had the bar moved the other way, which
+    was as likely: the coin would otherwise teach, by luck, directions that its expectation does not have.
     """
 
     def __init__(
@@ -174,40 +180,45 @@ class NextToken:
         sampler: WindowSampler,
         lookback: int,
         rng: np.random.Generator,
+        *,
         lookback_weight: float = 0.05,
+        mirrored: bool = False,
         simulated: float = 0.0,
     ):
         self.network, self.rng = network, rng
         self._tokenizer = tokenizer.eval()
-        self._windows = _KronosWindows(sampler, lookback, rng, simulated)
+        self._windows = _KronosWindows(sampler, lookback, rng, mirrored, simulated)
         self._lookback, self._lookback_weight = lookback, lookback_weight
 
     def parameters(self) -> Iterable[nn.Parameter]:
         return self.network.parameters()
 
     def draw(self, rows: int) -> Batch:
-        return self._windows.draw(rows)
+        """Normalised candles `[B, L, 6]`, calendar features `[B, L, 5]`, and where bars are mirrored their images."""
+        candles, stamps = self._windows.draw(rows)
+        if not self._windows.mirrored:
+            return torch.from_numpy(normalised_windows(candles, self._lookback)), stamps
+        both = normalised_windows(np.concatenate([candles, mirrored_bars(candles)], axis=1), self._lookback)
+        return torch.from_numpy(both[:, : candles.shape[1]]), stamps, torch.from_numpy(both[:, candles.shape[1] :])
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Of coarse and fine tokens, half the mean entropy each."""
-        candles, mirrored, stamps = batch
+        candles, stamps, *images = batch
         with torch.no_grad():
             coarse, fine = self._tokenizer.encode(candles)
-            targets = [(coarse[:, 1:], fine[:, 1:]), self._mirrored_tokens(candles, mirrored)]
+            targets = [(coarse[:, 1:], fine[:, 1:]), *(self._mirrored_tokens(candles, image) for image in images)]
         hidden = self.network.hidden(coarse[:, :-1], fine[:, :-1], stamps[:, :-1])
         logits = self.network.head.proj_s1(hidden)
-        weight = torch.full(hidden.shape[1:2], self._lookback_weight)
+        weight = torch.full(hidden.shape[1:2], self._lookback_weight, device=candles.device)
         weight[self._lookback - 1 :] = 1.0
         weight /= weight.sum() * 2 * len(targets)
-        parts = {"coarse": torch.zeros(()), "fine": torch.zeros(())}
-        for next_coarse, next_fine in targets:
-            parts["coarse"] = parts["coarse"] + _entropy(logits, next_coarse) @ weight
-            parts["fine"] = parts["fine"] + _entropy(self.network.fine(hidden, next_coarse), next_fine) @ weight
-        return parts
+        of_coarse = [_entropy(logits, following) @ weight for following, _ in targets]
+        of_fine = [_entropy(self.network.fine(hidden, given), following) @ weight for given, following in targets]
+        return {"coarse": torch.stack(of_coarse).sum(), "fine": torch.stack(of_fine).sum()}
 
     def _mirrored_tokens(self, candles: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor]:
         """Coarse and fine `[B, T - 1]` of every bar but the first, mirrored while the bar before it is not."""
-        odd = torch.arange(candles.shape[1]) % 2 == 1
+        odd = torch.arange(candles.shape[1], device=candles.device) % 2 == 1
         passes = [self._tokenizer.encode(torch.where(turn[:, None], mirrored, candles)) for turn in (odd, ~odd)]
         coarse, fine = (torch.where(odd, first, second) for first, second in zip(*passes, strict=True))
         return coarse[:, 1:], fine[:, 1:]

@@ -1,7 +1,8 @@
 """One base, a version for each symbol: each trained on its symbol alone, judged beside the base, published."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from model_store.store import ModelStore
 from training import processes
 from training.candle_files import Series, digest
 from training.recipe import Recipe
-from training.resume import run_folder
+from training.resume import RunFolder, run_folder
 from training.train import Base, Track, based, candles, fit_phases, judge_and_publish, prepare_one, refuse_leak
 from training.windows import Split
 
@@ -42,7 +43,13 @@ class Outcome:
 
 
 def train_per_symbol(
-    recipe: Recipe, store: ModelStore, track: Track, home: Path, *, restart: bool = False
+    recipe: Recipe,
+    store: ModelStore,
+    track: Track,
+    home: Path,
+    *,
+    restart: bool = False,
+    tensorboard: Path | None = None,
 ) -> list[Outcome]:
     """Fit, evaluate and publish a version of the base for each symbol of the recipe that is not held out.
 
@@ -63,6 +70,7 @@ def train_per_symbol(
     if not chosen:
         raise ValueError("every symbol is held out: there is none to train")
     published = {} if restart else {manifest.symbol: manifest for manifest in _published(recipe, store, base)}
+    folder_of = partial(run_folder, home / "runs", tensorboard=tensorboard)
     outcomes = []
     for done, item in enumerate(chosen):
         there = published.get(item.symbol)
@@ -71,7 +79,9 @@ def train_per_symbol(
             continue
         report = partial(_report, track, recipe.name, done / len(chosen), f"{item.symbol}, {done + 1} of {len(chosen)}")
         try:
-            outcomes.append(Outcome(item.symbol, _train_one(recipe, item, split, base, store, report, home, restart)))
+            outcomes.append(
+                Outcome(item.symbol, _train_one(recipe, item, split, base, store, report, folder_of, restart))
+            )
         except (ValueError, RuntimeError) as error:
             outcomes.append(Outcome(item.symbol, status=f"failed: {error}"))
     track(recipe.name, 1.0, f"{len(chosen)} symbols")
@@ -95,11 +105,11 @@ def _train_one(
     base: Base,
     store: ModelStore,
     track: Track,
-    home: Path,
+    folder_of: Callable[[Recipe, str], AbstractContextManager[RunFolder]],
     restart: bool,
 ) -> Manifest:
     prepared = prepare_one(recipe, item, split, base)
-    with run_folder(home / "runs", recipe, prepared.data_digest) as folder:
+    with folder_of(recipe, prepared.data_digest) as folder:
         if restart:
             folder.clear()
         manifest = judge_and_publish(prepared, fit_phases(prepared, track, folder), store, track)

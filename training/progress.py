@@ -40,7 +40,13 @@ def bars(*, quiet: bool = False) -> Iterator[Track]:
 
 
 def train_all(
-    recipes: Sequence[Recipe], store_root: str | Path, home: Path, *, restart: bool = False, quiet: bool = False
+    recipes: Sequence[Recipe],
+    store_root: str | Path,
+    home: Path,
+    *,
+    restart: bool = False,
+    tensorboard: Path | None = None,
+    quiet: bool = False,
 ) -> list[Manifest]:
     """Train every recipe, each in a process of its own where there are several; the first failure is raised.
 
@@ -48,19 +54,20 @@ def train_all(
     """
     if len(recipes) > 1 and processes.started() > 1:
         raise ValueError("under torchrun, train one recipe at a time")
+    how = partial(train, home=home, restart=restart, tensorboard=tensorboard)
     with bars(quiet=quiet) as track:
         if len(recipes) == 1:
-            return [train(recipes[0], ModelStore(store_root), track, home, restart=restart)]
+            return [how(recipes[0], ModelStore(store_root), track)]
         context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
         with context.Manager() as manager, ProcessPoolExecutor(len(recipes), mp_context=context) as pool:
             updates: Any = manager.Queue()
-            futures = [pool.submit(_train_apart, recipe, store_root, home, restart, updates) for recipe in recipes]
+            futures = [pool.submit(_train_apart, how, recipe, store_root, updates) for recipe in recipes]
             _relay(updates, futures, track)
             return [future.result() for future in futures]
 
 
-def _train_apart(recipe: Recipe, store_root: str | Path, home: Path, restart: bool, updates: Any) -> Manifest:
-    return train(recipe, ModelStore(store_root), partial(_send, updates.put), home, restart=restart)
+def _train_apart(how: Callable[..., Manifest], recipe: Recipe, store_root: str | Path, updates: Any) -> Manifest:
+    return how(recipe, ModelStore(store_root), partial(_send, updates.put))
 
 
 def _send(put: Callable[[tuple[str, float, str]], None], title: str, done: float, note: str) -> None:

@@ -59,6 +59,8 @@ class Phase(_Strict):
     clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
     accumulate: int = Field(1, gt=0, description="Pieces in which a batch passes the network, to need less memory.")
     precision: Literal["float32", "bfloat16"] = "float32"
+    checkpoint: bool = Field(False, description="Run each layer again in the backward pass instead of keeping it.")
+    compile: bool = Field(False, description="Compile the loss, which takes minutes and gains little on a CPU.")
     ema: float | None = Field(None, gt=0, lt=1, description="Publish the average of the weights, with this decay.")
     save_every: int = Field(100, gt=0, description="Steps after which a killed run need not start anew.")
 
@@ -87,6 +89,7 @@ class ObjectiveTable(_Strict):
         max_length=len(COLUMNS),
         description="Kronos: how much open, high, low, close, volume and amount count in the tokenizer's errors.",
     )
+    mirrored: bool = Field(False, description="Windows (Kronos: bars) may as well have moved the other way.")
     simulated: float = Field(0.0, ge=0, le=1, description="Share of windows from simulated markets, each a new one.")
 
 
@@ -104,7 +107,7 @@ class ServingTable(_Strict):
 
 
 _PHASES: Final = {"toto": {"network"}, "kronos": {"tokenizer", "predictor"}}
-_IGNORED: Final = {"toto": {"ahead", "temperature", "top_p", "top_k"}, "kronos": {"loss", "bars"}}
+_IGNORED: Final = {"toto": {"ahead", "weights", "temperature", "top_p", "top_k"}, "kronos": {"loss", "bars"}}
 
 
 class EvaluateTable(_Strict):
@@ -190,4 +193,9 @@ def _changed(table: BaseModel) -> Iterator[str]:
 
 def read_recipe(path: Path) -> Recipe:
     """The recipe in a TOML file; pydantic's ValidationError names every wrong key."""
-    return Recipe.model_validate(tomllib.loads(path.read_text()))
+    return parse_recipe(path.read_text())
+
+
+def parse_recipe(text: str) -> Recipe:
+    """The same of TOML that is at hand."""
+    return Recipe.model_validate(tomllib.loads(text))

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from safetensors import safe_open
 from safetensors.torch import save
@@ -17,6 +17,7 @@ from torch import Tensor
 from model_store.files import sync_directory, write_synced
 from model_store.manifest import canonical_json
 from training import processes
+from training.events import Events
 from training.recipe import Recipe
 
 _FACTS: Final = "facts"  # the JSON in a file's header
@@ -28,6 +29,7 @@ class Place:
 
     folder: Path
     phase: str
+    events: Path | None = None  # folder of TensorBoard's files, if there are to be any
 
     @property
     def state(self) -> Path:
@@ -46,21 +48,33 @@ class Place:
 
     def log(self, step: int) -> "Log":
         """The run's log, as it was after `step` steps of this phase."""
-        return Log(self.folder / "training.log", self.phase, step)
+        return Log(self.folder / "training.log", self.phase, step, self.events)
 
 
 class Log:
-    """JSON lines, in the order of phases and steps, whatever was killed and gone on with."""
+    """JSON lines, in the order of phases and steps, whatever was killed and gone on with; TensorBoard has the same."""
 
-    def __init__(self, path: Path, phase: str, step: int) -> None:
+    def __init__(self, path: Path, phase: str, step: int, events: Path | None = None) -> None:
         self._path, self._phase = path, phase
         lines = path.read_text().splitlines() if path.exists() else []
-        path.write_text("".join(f"{line}\n" for line in lines if self._stays(line, step)))
+        kept = [line for line in lines if self._stays(line, step)]
+        path.write_text("".join(f"{line}\n" for line in kept))
+        self._events = Events(events, map(json.loads, kept)) if events else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._events:
+            self._events.close()
 
     def write(self, facts: Mapping[str, Any]) -> None:
         """Append one line."""
+        line = {"phase": self._phase, **facts}
         with self._path.open("a") as file:
-            file.write(json.dumps({"phase": self._phase, **facts}) + "\n")
+            file.write(json.dumps(line) + "\n")
+        if self._events:
+            self._events.write(line)
 
     def _stays(self, line: str, step: int) -> bool:
         try:
@@ -75,9 +89,10 @@ class RunFolder:
     """The folder of a run, which one process at a time holds."""
 
     path: Path
+    tensorboard: Path | None = None  # where the run's events go, in a folder of its name
 
     def place(self, phase: str) -> Place:
-        return Place(self.path, phase)
+        return Place(self.path, phase, self.tensorboard and self.tensorboard / self.path.name)
 
     def clear(self) -> None:
         """Forget where the run stands, but not what it logged: the next one starts at the beginning."""
@@ -88,20 +103,20 @@ class RunFolder:
 
 
 @contextmanager
-def run_folder(runs: Path, recipe: Recipe, data_digest: str) -> Iterator[RunFolder]:
+def run_folder(runs: Path, recipe: Recipe, data_digest: str, tensorboard: Path | None = None) -> Iterator[RunFolder]:
     """The folder under `runs` of this very recipe on these very candles; RuntimeError while another process has it."""
     content = {"recipe": recipe.model_dump(mode="json"), "data": data_digest}
     path = runs / f"{recipe.name}-{sha256(canonical_json(content)).hexdigest()[:12]}"
     path.mkdir(parents=True, exist_ok=True)
     if processes.rank():  # the first process holds it for all
-        yield RunFolder(path)
+        yield RunFolder(path, tensorboard)
         return
     with open(path / ".lock", "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RuntimeError(f"{recipe.name} is being trained by another process, in {path}") from error
-        yield RunFolder(path)
+        yield RunFolder(path, tensorboard)
 
 
 def write_state(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:

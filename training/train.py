@@ -110,22 +110,33 @@ class Prepared:
         return digest(self.series)
 
 
-def train(recipe: Recipe, store: ModelStore, track: Track, home: Path, *, restart: bool = False) -> Manifest:
+def train(
+    recipe: Recipe,
+    store: ModelStore,
+    track: Track,
+    home: Path,
+    *,
+    restart: bool = False,
+    tensorboard: Path | None = None,
+) -> Manifest:
     """Fit, evaluate and publish a recipe; the version becomes `candidate`, and `production` where there is none.
 
     A run that was killed goes on, unless it is to `restart`: where it stands is kept under `home`. Processes that
-    torchrun started share the work, and `home` and `store`; the first of them evaluates and publishes.
+    torchrun started share the work, and `home` and `store`; the first of them evaluates and publishes. What the run's
+    training.log says goes into a folder under `tensorboard` as well.
     """
     with processes.together():
-        return _train(recipe, store, track, home, restart)
+        return _train(recipe, store, track, home, restart, tensorboard)
 
 
-def _train(recipe: Recipe, store: ModelStore, track: Track, home: Path, restart: bool) -> Manifest:
+def _train(
+    recipe: Recipe, store: ModelStore, track: Track, home: Path, restart: bool, tensorboard: Path | None
+) -> Manifest:
     recipe, base = based(recipe, store)
     prepared = prepare(recipe, home / "cache", base)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    with run_folder(home / "runs", recipe, prepared.data_digest) as folder:
+    with run_folder(home / "runs", recipe, prepared.data_digest, tensorboard) as folder:
         if restart:
             folder.clear()
         manifest = _fit_and_publish(prepared, store, track, folder)
@@ -259,9 +270,18 @@ def _chosen(recipe: Recipe, parts: Sequence[Packed]) -> Sequence[Packed]:
 def _origins(recipe: Recipe, series: Sequence[Series], split: Split, part: Part, stride: int) -> Origins:
     origins = rolling_origins(series, split, part, stride=stride, min_context=recipe.context)
     if not len(origins):
-        needed = recipe.context + recipe.horizon
-        raise ValueError(f"the {part} part has no origin: it needs {needed} candles, {recipe.horizon} of them in it")
+        raise ValueError(_too_few(recipe, series, split, part))
     return origins
+
+
+def _too_few(recipe: Recipe, series: Sequence[Series], split: Split, part: Part) -> str:
+    """Which symbol comes closest to one origin, and what it lacks."""
+    needed = f"{recipe.context} candles of context and {recipe.horizon} in the part"
+    spans = [split.targets(item, part) for item in series]
+    inside, rows, symbol = max((len(span), span.stop, item.symbol) for item, span in zip(series, spans, strict=True))
+    if not inside:
+        return f"the {part} part has no origin: it needs {needed}, and no symbol has any in it"
+    return f"the {part} part has no origin: it needs {needed}, {symbol} has {rows - inside} before and {inside} in it"
 
 
 # -- fitting ---------------------------------------------------------------------------------------
@@ -285,6 +305,7 @@ def _fit_toto(prepared: Prepared, run: RunPhase) -> Trained:
         rng=np.random.default_rng(recipe.seed),
         pointwise=LOSSES[recipe.objective.loss],
         holds_location=prepared.base is None,
+        mirrored=recipe.objective.mirrored,
         simulated=recipe.objective.simulated,
     )
     runs = {"network": run("network", objective, lambda: merged(network))}
@@ -304,17 +325,18 @@ def _fit_kronos(prepared: Prepared, run: RunPhase) -> Trained:
     else:
         for blocks in (tokenizer.encoder, tokenizer.decoder):
             damp_residuals(blocks, 0.1)
+    made_up: Any = {"mirrored": recipe.objective.mirrored, "simulated": recipe.objective.simulated}
     runs = {}
     if "tokenizer" in recipe.phases:
         reconstruction = TokenizerReconstruction(
-            tokenizer, sampler, recipe.context, rng, recipe.objective.simulated, recipe.objective.weights
+            tokenizer, sampler, recipe.context, rng, **made_up, weights=recipe.objective.weights
         )
         runs["tokenizer"] = run("tokenizer", reconstruction)
     if recipe.tune:
         open_up(predictor, "kronos", recipe.tune)
     else:
         start_with_bits(predictor)
-    next_token = NextToken(predictor, tokenizer, sampler, recipe.context, rng, simulated=recipe.objective.simulated)
+    next_token = NextToken(predictor, tokenizer, sampler, recipe.context, rng, **made_up)
     runs["predictor"] = run("predictor", next_token, lambda: merged(both))
     return Trained(merged(both), runs, adapter_of(both))
 

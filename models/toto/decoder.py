@@ -194,7 +194,7 @@ class TotoDecoder(nn.Module):
         super().__init__()
         self.config = network.config
         with torch.no_grad():
-            weight, bias = network.composed_head(torch.float64)
+            weight, bias = network.composed_head(dtype=torch.float64)
         self.register_buffer("head", weight.flatten(0, 1).float())  # [S * 4K, D]
         self.register_buffer("head_bias", bias.flatten().float())
         del weight  # before the layers take more

@@ -100,12 +100,13 @@ class Attention(nn.Module):
         self.wQKV = nn.Linear(config.embed_dim, 3 * config.embed_dim)
         self.wO = nn.Linear(config.embed_dim, config.embed_dim)
 
-    def forward(self, x: Tensor, rotary: "Rotary | None", mask: Tensor | None) -> Tensor:
-        """`x` `[B, T, D]` to `[B, T, D]`: positions attend to all that `mask` allows."""
-        q, k, v = self.wQKV(x).unflatten(-1, (3, -1, self.heads)).permute(2, 0, 4, 1, 3)  # each [B, N, T, D/N]
+    def forward(self, x: Tensor, rotary: "Rotary | None") -> Tensor:
+        """`x` `[B, T, D]` to `[B, T, D]`: with rotary embedding causal, without it of all positions to all."""
+        packed = self.wQKV(x).unflatten(-1, (3, -1, self.heads)).permute(2, 0, 4, 1, 3)
+        q, k, v = packed.contiguous()  # each [B, N, T, D/N]; fused attention needs the last axis in one piece
         if rotary is not None:
             q, k = rotary(q, 1.0), rotary(k, -1.0)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=rotary is not None)
         projected: Tensor = self.wO(merge_heads(out))
         return projected
 
@@ -145,15 +146,15 @@ class Layer(nn.Module):
             }
         )
 
-    def forward(self, x: Tensor, rotary: Rotary, mask: Tensor) -> Tensor:
-        """`x` `[B, V, P, D]` to the same; `mask` `[B * V, 1, P, P]` is for time-wise layers."""
+    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+        """`x` `[B, V, P, D]` to the same."""
         normed = self.norm1(x)
         if self.spacewise:
             across = normed.transpose(1, 2).flatten(0, 1)  # [B * P, V, D]
-            attended = self.attention(across, None, None)
+            attended = self.attention(across, None)
             attended = attended.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
         else:
-            attended = self.attention(normed.flatten(0, 1), rotary, mask).unflatten(0, x.shape[:2])
+            attended = self.attention(normed.flatten(0, 1), rotary).unflatten(0, x.shape[:2])
         x = x + attended
         gate, value = self.mlp["0"](self.norm2(x)).chunk(2, dim=-1)
         out: Tensor = x + self.mlp["2"](swiglu(gate, value))
@@ -207,36 +208,32 @@ class TotoNetwork(nn.Module):
         self.unembed = nn.Linear(config.embed_dim, config.embed_dim * config.patch_size)
         self.output_distribution = MixtureHead(config.embed_dim, config.components)
 
-    def scale(self, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Location and scale per patch, `[B, V, P]` each."""
+    def scale(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Location and scale per patch, `[B, V, P]` each, of windows `[B, V, T]` without padding."""
+        weights = torch.ones_like(values[:, :1])
         return causal_patch_scale(values, weights, self.config.patch_size, self.config.scale_exponent)[:2]
 
-    def embed(self, values: Tensor, weights: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
-        """Hidden states `[B, V, P, D]`. Patches without a single real candle are masked out of attention."""
-        B, V, T = values.shape
-        S = self.config.patch_size
-        scaled = (values.unflatten(-1, (-1, S)) - loc.unsqueeze(-1)) / scale.unsqueeze(-1)
-        x: Tensor = self.patch_embed(scaled)  # [B, V, P, D]
-        P = T // S
-        real = weights.unflatten(-1, (-1, S)).amax(-1) > 0  # [B, 1, P]
-        mask = torch.ones(P, P, dtype=torch.bool, device=values.device).tril() & real.unsqueeze(-2)
-        mask = mask | torch.eye(P, dtype=torch.bool, device=values.device)  # padding rows see themselves: no 0 / 0
-        mask = mask.expand(B, V, P, P).flatten(0, 1).unsqueeze(1)
-        rotary = Rotary(P, self.config.embed_dim // self.config.num_heads, values.device)
+    def embed(self, values: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
+        """Hidden states `[B, V, P, D]` of windows `[B, V, T]` without padding."""
+        patches = values.unflatten(-1, (-1, self.config.patch_size))
+        x: Tensor = self.patch_embed((patches - loc.unsqueeze(-1)) / scale.unsqueeze(-1))
+        rotary = Rotary(patches.shape[2], self.config.embed_dim // self.config.num_heads, values.device)
         for layer in self.transformer.layers:
-            x = layer(x, rotary, mask)
+            x = layer(x, rotary)
         return x
 
-    def composed_head(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """Unembedding and mixture head as one map `[S, 4K, D]` and bias `[S, 4K]`: both are linear.
+    def composed_head(
+        self, steps: slice | Tensor = slice(None), dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
+        """Unembedding and mixture head as one map `[S, 4K, D]` and bias `[S, 4K]`, both being linear; of some steps.
 
-        A few steps at a time: the unembedding is a quarter of all weights, and is never converted whole.
+        A few at a time: the unembedding is a quarter of all weights, and is never converted whole.
         """
         S, D = self.config.patch_size, self.config.embed_dim
         head, bias = (part.to(dtype) for part in self.output_distribution.stacked())
-        steps = self.unembed.weight.view(S, D, D).split(4)
-        weight = torch.cat([head @ some.to(dtype) for some in steps])
-        return weight, self.unembed.bias.to(dtype).view(S, D) @ head.T + bias
+        unembed = self.unembed.weight.view(S, D, D)[steps]
+        weight = torch.cat([head @ some.to(dtype) for some in unembed.split(4)])
+        return weight, self.unembed.bias.view(S, D)[steps].to(dtype) @ head.T + bias
 
     @staticmethod
     def mixture(projected: Tensor) -> Mixture:

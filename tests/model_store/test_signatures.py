@@ -97,7 +97,9 @@ def test_a_signature_that_is_not_of_this_manifest_by_this_key_is_refused(
         version = f"demo@{newer.version}"
         signature.rename(signature.with_name(f"{newer.version}.ed25519"))
     else:
-        signature.write_bytes({"a byte": good[:-1] + bytes([good[-1] ^ 1]), "cut off": good[:-1], "nothing": b""}[damage])
+        signature.write_bytes(
+            {"a byte": good[:-1] + bytes([good[-1] ^ 1]), "cut off": good[:-1], "nothing": b""}[damage]
+        )
     with pytest.raises(VerificationFailed, match=f"^{version} is not signed by the trusted key"):
         ModelStore(root, public_key=keys[1]).load(version)
 

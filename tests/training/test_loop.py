@@ -1,12 +1,14 @@
 """The loop: it descends, it ends by its steps, it publishes what forecasts best, it says when it diverges."""
 
 import json
+import struct
 import time
 
 import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from tensorboardX.proto import event_pb2
 
 from training.loop import Diverged, Judgement, Schedule, Selection, fit
 from training.recipe import Phase, SelectTable
@@ -165,3 +167,36 @@ def test_a_run_without_a_better_forecast_ends_early_and_says_so(tmp_path):
 def test_pieces_of_unequal_size_are_refused():
     with pytest.raises(ValidationError, match="do not make 5 equal pieces"):
         phase(batch_rows=32, accumulate=5)
+
+
+def scalars(folder):
+    """(tag, step, value) of every scalar in the one event file of a folder: records of length, CRC, data, CRC."""
+    (path,) = folder.glob("events.out.tfevents.*")
+    content, found = path.read_bytes(), []
+    while content:
+        (length,) = struct.unpack("<Q", content[:8])
+        event = event_pb2.Event.FromString(content[12 : 12 + length])
+        found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+        content = content[16 + length :]
+    return found
+
+
+def test_tensorboard_shows_what_the_log_says_also_of_a_run_that_was_killed(tmp_path):
+    place = Place(tmp_path, "network", tmp_path / "events")
+
+    class Killed(BaseException): ...
+
+    def stop(_, note):
+        if note.startswith("step 12,"):
+            raise Killed
+
+    with pytest.raises(Killed):
+        fit(Parabola(), phase(steps=20, save_every=5), stop, place)
+    assert max(step for _, step, _ in scalars(tmp_path / "events")) == 12
+    fit(Parabola(), phase(steps=20, save_every=5), lambda *_: None, place)
+    lines = [json.loads(line) for line in (tmp_path / "training.log").read_text().splitlines()]
+    shown = scalars(tmp_path / "events")
+    for tag, name in (("network/loss", "loss"), ("network/learning_rate", "learning_rate")):
+        steps = [(step, value) for found, step, value in shown if found == tag]
+        assert steps == [(line["step"], pytest.approx(line[name])) for line in lines]
+    assert {"network/loss/square", "network/gradient_norm", "network/rows_per_second"} < {tag for tag, *_ in shown}

@@ -18,6 +18,7 @@ from training.initial import start_at_random_walk, start_with_bits
 from training.loop import fit
 from training.objectives import NextPatch, NextToken, TokenizerReconstruction, normalised_windows
 from training.recipe import Phase
+from training.resume import Place, read_state
 from training.windows import WindowSampler, forecast_input, rolling_origins, series_calendar, split_by_dates
 
 TOTO = {
@@ -104,8 +105,8 @@ def test_loss_is_the_likelihood_of_a_slow_loop(toto, samples, split):
     candles = sampler.draw(2, np.random.default_rng(5)).candles
     values = torch.from_numpy(transform.encode(candles, 64).astype(np.float32)).transpose(1, 2)
     ours = total_loss(objective, (values, torch.arange(16).expand(2, -1)))
-    loc, scale = toto.scale(values[..., :64], torch.ones(2, 1, 64))
-    hidden = toto.embed(values[..., :64], torch.ones(2, 1, 64), loc, scale)
+    loc, scale = toto.scale(values[..., :64])
+    hidden = toto.embed(values[..., :64], loc, scale)
     weights, total = (1, 1, 1, 2.0, 0.2), 0.0
     head, bias = toto.output_distribution.stacked()
     for variate, weight in enumerate(weights):
@@ -167,15 +168,18 @@ def test_a_bar_teaches_as_much_as_its_mirror_image(samples, split):
     alone = TokenizerConfig.from_published(TOKENIZER | {"n_enc_layers": 1})  # no token knows those before it
     predictor = KronosPredictor(PredictorConfig.from_published(PREDICTOR))
     sampler = WindowSampler(samples, split, 80)
-    objective = NextToken(predictor, KronosTokenizer(alone), sampler, 64, np.random.default_rng(0), lookback_weight=0.0)
-    candles, mirrored, stamps = objective.draw(8)
-    other, image = candles.clone(), mirrored.clone()
-    other[:, -1], image[:, -1] = mirrored[:, -1], candles[:, -1]
-    assert total_loss(objective, (other, image, stamps)) == pytest.approx(
-        total_loss(objective, (candles, mirrored, stamps)), rel=1e-6
+    tokenizer = KronosTokenizer(alone)
+    objective = NextToken(
+        predictor, tokenizer, sampler, 64, np.random.default_rng(0), lookback_weight=0.0, mirrored=True
     )
-    assert total_loss(objective, (candles, candles, stamps)) != pytest.approx(
-        total_loss(objective, (candles, mirrored, stamps)), rel=1e-6
+    candles, stamps, images = objective.draw(8)
+    other, image = candles.clone(), images.clone()
+    other[:, -1], image[:, -1] = images[:, -1], candles[:, -1]
+    loss = total_loss(objective, (candles, stamps, images))
+    assert total_loss(objective, (other, stamps, image)) == pytest.approx(loss, rel=1e-6)
+    assert total_loss(objective, (candles, stamps, candles)) != pytest.approx(loss, rel=1e-6)
+    assert total_loss(objective, (candles, stamps)) == pytest.approx(
+        total_loss(objective, (candles, stamps, candles)), rel=1e-6
     )
 
 
@@ -251,3 +255,57 @@ def test_gradients_in_bfloat16_point_where_those_in_float32_do(make_objective):
     assert rounded.dtype == torch.float32
     assert not torch.equal(exact, rounded)
     assert torch.cosine_similarity(exact, rounded, dim=0) > 0.99
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_layers_that_run_again_give_the_same_gradients(make_objective, precision):
+    plain, again = (gradients(make_objective(), precision=precision, checkpoint=on) for on in (False, True))
+    assert torch.equal(plain, again)
+
+
+def test_layers_that_run_again_keep_less(make_objective):
+    """Bytes of all tensors that the backward pass is left with, each once."""
+    kept = []
+    for checkpoint in (False, True):
+        objective = make_objective()
+        batch, loss, held = objective.draw(8), objective.loss, {}
+
+        def keep(tensor, held=held):
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        def watched(_, loss=loss, batch=batch, keep=keep):
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                return loss(batch)
+
+        objective.loss = watched
+        gradients(objective, checkpoint=checkpoint)
+        kept.append(sum(storage.nbytes() for storage in held.values()))
+    assert kept[1] < 0.7 * kept[0]
+
+
+def test_nothing_of_a_run_whose_layers_run_again_stays_with_the_network(make_objective):
+    objective = make_objective()
+    gradients(objective, checkpoint=True)
+    assert not [module for module in objective.network.modules() if "forward" in vars(module)]
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")  # the compiler's, on its own use of torch
+def test_a_compiled_loss_has_the_gradients_of_an_eager_one_and_is_compiled_once(make_objective, tmp_path):
+    eager = gradients(make_objective(), checkpoint=True)
+    compiled, names = make_objective(), list(make_objective().network.state_dict())
+    torch.testing.assert_close(gradients(compiled, compile=True, checkpoint=True), eager, rtol=1e-4, atol=1e-6)
+    assert list(compiled.network.state_dict()) == names
+    place, graphs = Place(tmp_path, "network"), []
+    phase = Phase(steps=3, learning_rate=1e-3, batch_rows=8, save_every=2, compile=True, checkpoint=True)
+    stats = torch._dynamo.utils.counters["stats"]
+    fit(compiled, phase, lambda *_: graphs.append(stats["unique_graphs"]), place)
+    assert graphs[0] > 0
+    assert len(set(graphs)) == 1
+    tensors, _ = read_state(place.state)
+    assert {f"weights/{name}" for name in names} == {name for name in tensors if name.startswith("weights/")}
+    resumed = make_objective()
+    assert fit(resumed, phase.model_copy(update={"compile": False}), lambda *_: None, place).steps == 3
+    for name, tensor in compiled.network.state_dict().items():
+        assert torch.equal(resumed.network.state_dict()[name], tensor)

@@ -353,6 +353,27 @@ MODELS: Final = Dashboard(
             width=6,
         ),
         Panel(
+            "Swaps",
+            "Versions that took over an alias, or could not; and aliases that wait for theirs.",
+            "short",
+            [
+                Query(increase("candlecast_model_swaps_total", "model, outcome"), "{{model}} {{outcome}}"),
+                Query("max by (model) (candlecast_model_swap_pending{<service>})", "{{model}} waits"),
+            ],
+        ),
+        Panel(
+            "Memory of versions",
+            "Size of those in memory, and what it may be.",
+            "bytes",
+            [Query("max by (instance, kind) (candlecast_model_memory_bytes{<service>})", "{{instance}} {{kind}}")],
+        ),
+        Panel(
+            "Shadow forecasts",
+            "Noted in the ledger, dropped since callers come first, or failed.",
+            "cps",
+            [Query(rate("candlecast_shadow_forecasts_total", "model, outcome"), "{{model}} {{outcome}}")],
+        ),
+        Panel(
             "GPU memory",
             "Allocated to tensors, reserved by torch, and what the card has. Empty on a CPU.",
             "bytes",

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,18 +16,21 @@ from model_store.store import ModelStore
 from models.forecaster import Forecaster
 from service.api import errors
 from service.api.refreshing import Refresher
-from service.api.routes import accuracy, candles, elsewhere, forecast, health, latest, models
+from service.api.routes import accuracy, candles, elsewhere, forecast, health, latest, models, promotion
 from service.api.watchlist import WatchList
 from service.api.wire import BodyLimit, ClosedConnections, CountedAnswers, SymbolPaths
 from service.engine.batcher import Batcher
 from service.engine.cache import Cache
 from service.engine.door import Door
 from service.engine.engine import Engine
+from service.engine.following import Follower
 from service.engine.history import History
 from service.engine.leases import announce
+from service.engine.memory import default_budget
 from service.engine.registry import Build, Registry
 from service.engine.selection import Selection
 from service.engine.series import load_calendar
+from service.engine.shadows import Shadows
 from service.metrics import Metrics
 from service.score.evaluator import Evaluator
 from service.score.ledger import Ledger
@@ -61,9 +65,12 @@ def create_app(settings: Settings, *, build: Build | None = None, now: Clock = w
 
 
 def create_admin_app(services: Services) -> FastAPI:
-    """`/metrics`, for the admin port."""
+    """`/metrics` and what changes the service, for the admin port."""
     app = FastAPI(title="Candlecast admin", docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.services = services
+    app.include_router(promotion.router)
     errors.install(app)
+    app.add_middleware(BodyLimit, limit=services.settings.max_body_bytes)
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def get_metrics(request: Request) -> Response:
@@ -82,7 +89,17 @@ def build_services(settings: Settings, *, build: Build | None = None, now: Clock
     store = ModelStore(settings.store_root, settings.home / "store-cache", settings.store_public_key)
     selection = Selection(store, settings.home, settings.device, settings.runtime)
     batcher = Batcher(settings.max_batch_rows)
-    nicknames = {"toto": settings.toto, "kronos": settings.kronos}
+    engine = Engine(batcher, metrics, settings.watchdog_seconds)
+    registry = Registry(
+        store,
+        build or _build_forecaster,
+        {"toto": settings.toto, "kronos": settings.kronos},
+        settings.device,
+        selection,
+        partial(engine.rehearse, seconds=settings.request_timeout_ms / 1000),
+        lambda: int(1e9 * settings.memory_budget_gb) if settings.memory_budget_gb else default_budget(settings.device),
+        metrics,
+    )
     history, ledger = History(state, metrics), Ledger(state, metrics)
     evaluator = Evaluator(ledger, history, store, now, metrics)
     if settings.role != "api":
@@ -92,10 +109,12 @@ def build_services(settings: Settings, *, build: Build | None = None, now: Clock
         metrics=metrics,
         state=state,
         history=history,
-        registry=Registry(store, build or _build_forecaster, nicknames, settings.device, selection, metrics),
+        registry=registry,
+        follower=Follower(registry, state, settings.store_poll_seconds),
+        shadows=Shadows(metrics),
         door=Door(settings.max_queue + settings.max_batch_rows, batcher, metrics),
         cache=Cache(state, settings.cache_bytes, metrics),
-        engine=Engine(batcher, metrics, settings.watchdog_seconds),
+        engine=engine,
         ledger=ledger,
         register=Register(ledger, metrics, now),
         evaluator=evaluator,
@@ -117,6 +136,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     calendar = asyncio.create_task(load_calendar("XNYS"))  # takes a second; nobody waits for it here
     refresher = Refresher(services)
     refresher.start()
+    services.follower.start()
     services.started = True
     try:
         yield
@@ -124,7 +144,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         services.drain()
         lag.cancel()
         leases.cancel()
+        await services.follower.stop()
         await refresher.stop()
+        await services.shadows.stop()
         await services.engine.stop()
         await services.evaluator.stop()
         await services.register.stop()

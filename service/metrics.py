@@ -33,7 +33,9 @@ ROW_KINDS: Final = ("asked", "padding")
 CACHE_RESULTS: Final = ("hit", "miss", "coalesced", "bypass")
 REFUSALS: Final = ("full", "queue", "deadline")
 FAILURES: Final = ("invalid_output", "out_of_memory", "error")
-LOAD_FAILURES: Final = ("verification", "error")
+LOAD_FAILURES: Final = ("verification", "memory", "rehearsal", "error")
+SWAPS: Final = ("first", "done", "failed")
+SHADOWED: Final = ("noted", "dropped", "failed")
 REDIS_OPS: Final = (
     *("history_put", "history_read", "history_calendars", "history_symbols", "history_revision"),
     *("history_restate", "history_split", "history_events", "cache_read", "cache_write"),
@@ -156,8 +158,27 @@ class Metrics:
         )
         self.model_load_failures = Counter(
             "candlecast_model_load_failures_total",
-            "Loads that failed: the bytes are not those of the manifest, or anything else.",
+            "Versions that were not served: their bytes are not those of the manifest, they do not fit into memory,"
+            " they did not forecast before their turn, or anything else.",
             ["model", "reason"],
+            registry=to,
+        )
+        self.model_swaps = Counter(
+            "candlecast_model_swaps_total",
+            "Times another version was to answer for an alias: the first to do so, in another's place, or not at all.",
+            ["model", "outcome"],
+            registry=to,
+        )
+        self.model_memory = Gauge(
+            "candlecast_model_memory_bytes",
+            "Size of the versions in memory, and what it may be.",
+            ["kind"],
+            registry=to,
+        )
+        self.shadow_forecasts = Counter(
+            "candlecast_shadow_forecasts_total",
+            "Forecasts by a shadow version: noted in the ledger, dropped since callers come first, or failed.",
+            ["model", "outcome"],
             registry=to,
         )
 
@@ -171,7 +192,8 @@ class Metrics:
 
     def _state(self, to: CollectorRegistry) -> None:
         self.degraded = Gauge("candlecast_degraded", "1 while something is out of order.", ["reason"], registry=to)
-        self.degraded.labels("redis_state").set(0)
+        for reason in ("redis_state", "store"):
+            self.degraded.labels(reason).set(0)
         self.redis_seconds = Histogram(
             "candlecast_redis_command_duration_seconds",
             "Time of one operation on Redis, however many commands it takes.",
@@ -274,6 +296,8 @@ class Metrics:
         for reason in FAILURES:
             self.inference_failures.labels(model, reason)
         self.expect_load(model)
+        for outcome in SHADOWED:
+            self.shadow_forecasts.labels(model, outcome)
         self.batches_abandoned.labels(model)
         self.busy_seconds.labels(model)
 
@@ -281,6 +305,8 @@ class Metrics:
         """The same of what can go wrong with its first load, or nobody would be told of a single failure."""
         for reason in LOAD_FAILURES:
             self.model_load_failures.labels(model, reason)
+        for outcome in SWAPS:
+            self.model_swaps.labels(model, outcome)
 
     @contextlib.contextmanager
     def redis_operation(self, op: str) -> Iterator[None]:

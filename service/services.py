@@ -11,9 +11,11 @@ from service.api.watchlist import WatchList
 from service.engine.cache import Cache
 from service.engine.door import Door
 from service.engine.engine import Engine
+from service.engine.following import Follower
 from service.engine.history import History, PutCounts
 from service.engine.registry import Registry
 from service.engine.repeats import Repeats
+from service.engine.shadows import Shadows
 from service.metrics import Metrics
 from service.score.evaluator import Evaluator
 from service.score.ledger import Ledger
@@ -38,6 +40,8 @@ class Services:
     state: State
     history: History
     registry: Registry
+    follower: Follower
+    shadows: Shadows
     door: Door
     cache: Cache
     engine: Engine

@@ -40,10 +40,18 @@ class Settings(BaseSettings):
     store_public_key: Path | None = Field(
         None, description="PEM file of the Ed25519 key that versions must be signed by; without it none has to be."
     )
+    store_poll_seconds: PositiveFloat = Field(
+        2, description="From one look for promotions to the next; those made here or heard of by Redis need none."
+    )
     redis_url: str | None = Field(None, description="Redis to use; without it a private one runs under home.")
     toto: str = Field("toto-demo", description="The model that a request's `toto` means.")
     kronos: str = Field("kronos-demo", description="The model that a request's `kronos` means.")
     device: str = Field("cpu", description="Torch device that the models run on.")
+    memory_budget_gb: PositiveFloat | None = Field(
+        None,
+        description="What the versions in memory may take together, 1e9 bytes, two of a model while it is swapped;"
+        " default: half of the container's memory, or of the GPU's.",
+    )
     runtime: str | None = Field(
         None, description="Runtime of every model, such as eager-float32; default: the fastest."
     )

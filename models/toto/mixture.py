@@ -101,7 +101,9 @@ def _solve(table: Tabled, levels: tuple[float, ...]) -> Tensor:
     y = _start(table, q).clamp(low, high)
     q, logit, jerk = (part.expand_as(low) for part in (q, torch.logit(q), table.jerk))
     search, solved = _advance(table.facts, _Search(q, logit, jerk, y, low, high, torch.ones_like(low)))
-    while 2 * int(solved.sum()) < solved.numel():
+    for _ in range(_STEPS):  # enough for any root; where a parameter is no number there is none
+        if 2 * int(solved.sum()) >= solved.numel():
+            break
         found, before = search.y, solved
         search, solved = _advance(table.facts, search)
         search = search._replace(y=torch.where(before, found, search.y))  # a root moves for its own sake alone

@@ -17,6 +17,7 @@ from service.api.parameters import Parameters
 from service.api.schemas import (
     CacheResult,
     CalibrationAnswer,
+    ForecastRequest,
     LastingAnswer,
     Meta,
     ModelName,
@@ -43,6 +44,7 @@ _HOUR_MS: Final = 3_600_000
 class Asked:
     """One request, settled: what is computed, from what, when."""
 
+    request: ForecastRequest
     model: LoadedModel
     series: Series
     parameters: Parameters
@@ -50,7 +52,6 @@ class Asked:
     issued_at: int
     reasons: tuple[str, ...]
     degraded: tuple[str, ...]
-    as_of: int | str | None  # the request's own
     reference: str  # what means this model for as long as the standings are these
     standings: SeriesStandings  # of the series
     is_repeatable: bool  # whether these alone decided on the model, if anything but the request did
@@ -66,7 +67,7 @@ class Asked:
     @property
     def settled_until(self) -> float:
         """When the same request with the same candles may be settled otherwise, because time has passed."""
-        if self.as_of is not None:
+        if self.request.as_of is not None:
             return math.inf
         changes = [self.series.next_close] if self.series.next_close is not None else []
         if self.series.source == "history":

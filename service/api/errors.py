@@ -15,12 +15,13 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from model_store.files import StoreError, VersionNotFound
+from model_store.gate import PromotionRefused
 from models.calendars import UnknownCalendar
 from models.candles import InvalidCandles
 from models.forecaster import InvalidModelOutput, ModelError
 from service.engine.batcher import DeadlineExceeded, EngineStopped, Overloaded
+from service.engine.failures import ModelUnavailable
 from service.engine.history import HistoryUnavailable, UnknownSymbol
-from service.engine.registry import ModelUnavailable
 
 PROBLEM_JSON: Final = "application/problem+json"
 _MOST_ERRORS: Final = 10
@@ -94,6 +95,7 @@ _TABLE: Final[Mapping[type[Exception], _Answer]] = {
     EngineStopped: _Answer(503, "not_ready", retry_after=2),
     HistoryUnavailable: _Answer(503, "history_unavailable", retry_after=2),
     RedisError: _Answer(503, "history_unavailable", "Redis does not answer", 2),
+    PromotionRefused: _Answer(409, "promotion_refused"),
     ModelUnavailable: _Answer(503, "model_unavailable", retry_after=30),
     StoreError: _Answer(503, "model_unavailable", "the model store cannot be read", 30),
     InvalidCandles: _Answer(422, "invalid_candles"),
@@ -123,7 +125,8 @@ _NEXT_STEPS: Final[Mapping[str, str]] = {
     "not_ready": "Try again after Retry-After seconds.",
     "draining": "Connect anew: another process answers where there are several.",
     "history_unavailable": "Send the candles in the body: that needs no stored history.",
-    "model_unavailable": "Name another version; the service's log says why this one does not load.",
+    "model_unavailable": "Name another version; GET /models says why this one is not served.",
+    "promotion_refused": "Train or evaluate further, or send `force` with the reason.",
     "deadline_exceeded": "Raise timeout_ms, or ask for fewer samples or a shorter horizon.",
     "too_few_candles": "Send or store more candles, or lower lookback.",
     "unsupported_parameter": "Leave the parameter out, or choose a model that uses it.",

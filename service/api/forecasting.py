@@ -1,6 +1,7 @@
 """A request to the forecast that answers it: what the POST and the watch list have in common."""
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
@@ -16,8 +17,10 @@ from service.api.errors import InputError
 from service.api.parameters import SAMPLING, Parameters, require_enough, settle
 from service.api.schemas import ForecastRequest
 from service.api.sources import candles_in_body, candles_in_history, instant_of_knowledge, interval_meant
+from service.engine.batcher import DeadlineExceeded
 from service.engine.registry import LoadedModel
 from service.engine.series import Series
+from service.engine.shadows import is_of_share
 from service.metrics import UNKNOWN_MODEL
 from service.score.auto import NAIVE
 from service.score.evaluator import SeriesStandings
@@ -39,6 +42,7 @@ WITHOUT_WEIGHTS: Final = LoadedModel(
     ),
     NaiveForecaster(),
 )
+_SHADOW_SECONDS: Final = 60.0  # a late deadline is a low priority: batches are formed by deadline
 _EXACT_SEEDS: Final = 2**53  # larger integers lose digits in callers whose only number is a double
 _LATER: Final = ("ensemble",)
 
@@ -73,6 +77,7 @@ async def settled(symbol: str, request: ForecastRequest, parts: Services, noted:
     calibration = calibration_for(parts.settings.recalibrate, known.scales, model.exact, parameters.horizon)
     degraded = parts.degraded if model.settled else (*parts.degraded, "runtime")
     return Asked(
+        request=request,
         model=model,
         series=series,
         parameters=parameters,
@@ -80,7 +85,6 @@ async def settled(symbol: str, request: ForecastRequest, parts: Services, noted:
         issued_at=issued_at,
         reasons=reasons,
         degraded=degraded,
-        as_of=request.as_of,
         reference=model.name if request.model == AUTO else request.model,
         standings=standings,
         is_repeatable=request.model != AUTO or group_of(parameters.horizon) in known.best,
@@ -94,7 +98,7 @@ async def found_for(asked: Asked, may_share: bool, parts: Services, deadline: fl
     key = asked.key
     if not may_share:
         computed, _ = await parts.engine.submit(asked.model, asked.item, deadline)
-        parts.register.note(partial(_served, asked, computed.forecast))
+        _note(asked, computed.forecast, parts)
         return Found(lasting_part(asked, computed), "bypass", computed.timings)
     if asked.model.settled and (kept := await parts.cache.get(key, asked.issued_at)):
         return Found(kept, "hit")
@@ -102,8 +106,37 @@ async def found_for(asked: Asked, may_share: bool, parts: Services, deadline: fl
     kept = lasting_part(asked, computed)
     if asked.model.settled:
         parts.cache.put(key, kept, asked.issued_at)
-    parts.register.note(partial(_served, asked, computed.forecast))  # again changes nothing: the first may have left
+    _note(asked, computed.forecast, parts)  # again changes nothing: the first who asked may have left
     return Found(kept, "coalesced" if shared else "miss", computed.timings)
+
+
+def _note(asked: Asked, forecast: Forecast, parts: Services) -> None:
+    """Have the forecast noted in the ledger, and the shadow's beside it where this request is of its share."""
+    parts.register.note(partial(_served, asked, forecast))
+    request = asked.request
+    if "@" in request.model or request.model == AUTO or request.as_of is not None:
+        return
+    shadow = parts.registry.shadow_of(asked.model)
+    if shadow and is_of_share(asked.computation, shadow[1]):
+        parts.shadows.begin(shadow[0], asked.computation, partial(_forecast_in_shadow, asked, shadow[0], parts))
+
+
+async def _forecast_in_shadow(asked: Asked, shadow: LoadedModel, parts: Services) -> None:
+    """The same request to another version, from the same last candle; noted in the ledger and shown to nobody."""
+    request, series, symbol = asked.request, asked.series, asked.series.symbol
+    parameters = settle(request, shadow)
+    if series.source == "history" and parameters.lookback > asked.parameters.lookback:
+        series = await candles_in_history(symbol, request, parts.history, parameters.lookback, asked.issued_at)
+        if series.as_of != asked.series.as_of:  # a candle came meanwhile that had closed by then
+            raise DeadlineExceeded
+    require_enough(len(series.timestamps), parameters, shadow.manifest.limits)
+    item = forecast_input(series, parameters, request.seed, shadow)
+    _check(shadow, item)
+    computed, _ = await parts.engine.submit(shadow, item, time.monotonic() + _SHADOW_SECONDS)
+    scales = asked.standings.scales
+    calibration = calibration_for(parts.settings.recalibrate, scales, shadow.exact, parameters.horizon)
+    noted = replace(asked, model=shadow, series=series, parameters=parameters, item=item, calibration=calibration)
+    parts.register.note(partial(_served, noted, computed.forecast))
 
 
 def _served(asked: Asked, forecast: Forecast) -> Served:
@@ -125,14 +158,17 @@ async def _model(symbol: str, request: ForecastRequest, parts: Services) -> Load
     if request.model in _LATER:
         raise ModelError("this way of choosing a model is not available", "model", "model_not_available")
     if request.model != AUTO:
-        return await parts.registry.get(request.model)
+        return await parts.registry.get(request.model, symbol)
     if request.as_of is not None:
         raise ModelError("`auto` chooses by today's scores: name a model", "as_of", "unsupported_parameter")
     if (request.horizon or 0) > GROUPS[-1]:
         raise ModelError(f"no model forecasts more than {GROUPS[-1]} steps", "horizon", "horizon_too_long")
     interval = request.interval or await interval_meant(symbol, request, parts.history)
     best = parts.evaluator.best(symbol, interval, request.horizon or AUTO_HORIZON)
-    return WITHOUT_WEIGHTS if best == NAIVE else await parts.registry.get(best or parts.settings.toto)
+    if best == NAIVE:
+        return WITHOUT_WEIGHTS
+    name = best.partition("@")[0] if best else parts.settings.toto  # whichever of its versions answers by now
+    return await parts.registry.get(name, symbol)
 
 
 def _for_any_model(request: ForecastRequest) -> ForecastRequest:

@@ -73,9 +73,10 @@ async def _recalled(digest: bytes, parts: Services) -> Response | None:
 
 async def holds(repeat: Repeat, parts: Services) -> bool:
     """Whether a request would be settled as it was, while the clock has not passed it."""
-    model = repeat.model
-    if model is not WITHOUT_WEIGHTS and parts.registry.at_hand(repeat.reference) is not model:
-        return False
+    if repeat.model != WITHOUT_WEIGHTS.executed:
+        model = parts.registry.at_hand(repeat.reference, repeat.series[0])
+        if model is None or model.executed != repeat.model:
+            return False
     if parts.evaluator.of(*repeat.series) is not repeat.standings:
         return False
     stored = repeat.stored
@@ -100,7 +101,7 @@ def repeat_of(asked: Asked, kept: Kept) -> Repeat:
     until = min(kept.valid_until, asked.settled_until)
     return Repeat(
         asked.reference,
-        asked.model,
+        asked.model.executed,
         stored,
         asked.key,
         asked.facts,

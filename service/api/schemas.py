@@ -364,6 +364,20 @@ class RuntimeAnswer(_Answer):
     batch_invariant: bool | None = Field(description="Whether a forecast has the same bits alone and in a batch.")
 
 
+class FailureAnswer(_Answer):
+    """Why a version that was asked for or promoted is not served."""
+
+    model: str
+    version: str
+    reason: str = Field(
+        description="verification: its bytes are not those of its manifest; memory: it does not fit beside what is"
+        " needed; rehearsal: it was loaded and does not forecast; error: anything else."
+    )
+    detail: str
+    at: int = Field(description="UTC milliseconds, of the newest try.")
+    tries: int = Field(description="It is tried again, less and less often, and at once when an alias moves.")
+
+
 class ModelAnswer(_Answer):
     """One version of the store."""
 
@@ -371,6 +385,10 @@ class ModelAnswer(_Answer):
     version: str
     family: str
     aliases: list[str]
+    answers_for: list[str] = Field(
+        description="Aliases that this process answers by this version: another than `aliases` says while the version"
+        " that is to follow is loaded, or cannot be."
+    )
     asked_for_as: list[str] = Field(description="References that mean this version.")
     loaded: bool
     runtime: RuntimeAnswer | None = Field(description="Null until the version is loaded.")
@@ -385,6 +403,50 @@ class ModelsAnswer(_Answer):
 
     models: list[ModelAnswer]
     broken: list[str] = Field(description="What cannot be read and is never served; the service's log says why.")
+    failures: list[FailureAnswer]
+
+
+class ComparedAnswer(_Answer):
+    """Production and its shadow over the series and blocks of time in which both were scored."""
+
+    interval: str
+    steps: str
+    symbols: int
+    production: ScoresAnswer
+    shadow: ScoresAnswer
+    relative_mae: float | None = Field(
+        description="The shadow's error over production's, each in units of the naive forecast's on its own targets;"
+        " below 1 the shadow is better. Null where the close never moved."
+    )
+    relative_mae_interval: tuple[float, float] | None = Field(description="95 %; null where blocks are few.")
+
+
+class ShadowAnswer(_Answer):
+    """What a shadow is worth so far beside production."""
+
+    model: str
+    production: str | None
+    shadow: str
+    share: float = Field(description="Of the requests that name the model alone.")
+    loaded: bool = Field(description="By this process.")
+    compared: list[ComparedAnswer] = Field(description="By interval and steps; empty until both were scored.")
+
+
+class PromoteRequest(_Request):
+    """Which version is to answer."""
+
+    version: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$", description="Or an alias, such as candidate.")
+    symbol: str | None = Field(None, description="For this symbol alone, in production's place.")
+    force: str | None = Field(None, max_length=500, description="Why, where the gate refuses it.")
+
+
+class PromoteAnswer(_Answer):
+    """What answers from now on, as soon as each process has loaded it beside what answers now."""
+
+    model: str
+    version: str
+    symbol: str | None
+    shadow: ShadowAnswer | None = Field(description="What its shadow forecasts were worth, if it has been the shadow.")
 
 
 class Health(_Answer):

@@ -175,4 +175,5 @@ def _known(sent: Series, instant: int, chosen: bool) -> Series:
     if not left_out:
         return known
     why = "had not closed by as_of" if chosen else "has not closed yet"
-    return replace(known, warnings=(*known.warnings, f"{left_out} candle(s) left out: {why}"))
+    warning = f"{left_out} candle(s) left out: {why}"
+    return replace(known, unclosed=left_out, warnings=(*known.warnings, warning))

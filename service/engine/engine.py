@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from models.forecaster import Abandoned, Batch, Forecast, ForecastInput, InvalidModelOutput, Raw, pad_rows
+from models.probes import probe, usual_contexts
 from service.engine.batcher import (
     Batcher,
     Bound,
@@ -125,6 +126,12 @@ class Engine:
             with contextlib.suppress(Abandoned):  # given up in the moment in which this request joined
                 return await _wait(job, deadline), shared
 
+    async def rehearse(self, model: LoadedModel, seconds: float) -> None:
+        """Compute a usual request of every bucket, each within so many seconds; raises what a caller would get."""
+        for context in usual_contexts(model.forecaster):
+            item = probe(model.forecaster, 0, context=context)
+            await self.submit(model, item, time.monotonic() + seconds)
+
     def _enqueue(self, model: LoadedModel, item: ForecastInput, deadline: float, key: bytes | None) -> Job:
         job = Job(model, item, asyncio.get_running_loop().create_future(), deadline, deadline)
         try:
@@ -144,11 +151,19 @@ class Engine:
             del self._flights[key]
 
     def _work(self) -> None:
-        while (bound := self._batcher.take()) is not None:
-            running = _Running(bound)
-            self._running.add(running)
-            self._compute(running)
-            self._metrics.busy_seconds.labels(running.model.name).inc(running.seconds())
+        while self._computed_next():
+            pass
+
+    def _computed_next(self) -> bool:
+        """Wait for a batch and compute it, False once closed; while the next is awaited, nothing holds its model."""
+        bound = self._batcher.take()
+        if bound is None:
+            return False
+        running = _Running(bound)
+        self._running.add(running)
+        self._compute(running)
+        self._metrics.busy_seconds.labels(running.model.name).inc(running.seconds())
+        return True
 
     def _compute(self, running: _Running) -> None:
         """Run a batch, and finish it too unless a whole batch waits for this thread.

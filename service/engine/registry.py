@@ -1,29 +1,38 @@
-"""Model references to loaded versions: resolved at every request, loaded once, off the event loop."""
+"""Versions in memory: found by reference, loaded off the event loop, swapped when an alias moves, given back.
+
+Whatever an alias means is answered by one version until the next one has been loaded beside it, runs by its own
+runtime and has forecast; then one assignment makes it the answer to all requests that come after. What is computed
+holds the version that it began with, so the old one goes when the last of its requests has been answered.
+"""
 
 import asyncio
 import logging
+import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 from prometheus_client import Metric
 from prometheus_client.core import GaugeMetricFamily
 
-from model_store.files import VerificationFailed
+from model_store.files import StoreError, VerificationFailed
 from model_store.manifest import Manifest
-from model_store.store import ModelStore
-from models.forecaster import Forecaster
+from model_store.store import PRODUCTION, SHADOW, ModelStore
+from models.candles import SYMBOL
+from models.forecaster import Forecaster, InvalidModelOutput
+from service.engine.failures import Failures, ModelUnavailable, NoRoom, Unfit
+from service.engine.memory import DRAIN_SECONDS, Leaving
 from service.engine.selection import Choice, Selection
 from service.metrics import Metrics, Snapshot
 
 _log = logging.getLogger(__name__)
 
+_VERSION: Final = re.compile(r"[0-9a-f]{12}")
+_LOOK_SECONDS: Final = 0.25
+
 Build = Callable[[str, Mapping[str, Any], Mapping[str, Any], str], Forecaster]
-
-
-class ModelUnavailable(RuntimeError):
-    """The store has the version, but it cannot be loaded."""
+Key = tuple[str, str]  # name of a model, alias
 
 
 @dataclass(frozen=True)
@@ -51,12 +60,43 @@ class LoadedModel:
         return f"{self.name}@{self.version}"
 
     @property
+    def executed(self) -> tuple[str, str, str, str]:
+        """Equal for models whose forecasts are equal."""
+        return self.name, self.version, self.runtime, self.dtype
+
+    @property
     def family(self) -> str:
         return self.manifest.family
 
 
+@dataclass(frozen=True)
+class _Known:
+    """What the store said of a name when its aliases had this stamp."""
+
+    stamp: str
+    aliases: Mapping[str, str]
+    shadow: tuple[str, float] | None  # version, share of requests
+
+
+@dataclass(eq=False)
+class _Held:
+    """A version in memory, or on its way there."""
+
+    bytes: int = 0
+    model: LoadedModel | None = None
+    load: asyncio.Task[None] | None = None
+    settling: asyncio.Task[None] | None = None
+    rehearsed: bool = False
+    by_version: bool = False  # asked for by its version: it stays while there is room
+    used: float = 0.0
+
+
 class Registry:
-    """The versions of a store, by reference. `nicknames` maps the words of the API to names in the store."""
+    """The versions of a store, by reference. `nicknames` maps the words of the API to names in the store.
+
+    `rehearse` lets a version forecast once as callers would have it, and raises what they would get. Versions take
+    `budget()` bytes at most, by the size of their files; one that would be alone is loaded whatever its size.
+    """
 
     def __init__(
         self,
@@ -65,53 +105,87 @@ class Registry:
         nicknames: Mapping[str, str],
         device: str,
         selection: Selection,
+        rehearse: Callable[[LoadedModel], Awaitable[None]],
+        budget: Callable[[], int],
         metrics: Metrics,
     ) -> None:
         self.store = store
         self.nicknames = nicknames
-        self._selection = selection
-        self._settled: dict[str, LoadedModel] = {}
-        self._settling: set[asyncio.Task[None]] = set()
         self._build = build
         self._device = device
+        self._selection = selection
+        self._rehearse = rehearse
+        self._budget = budget
         self._metrics = metrics
-        self._resolved: dict[str, tuple[str, str]] = {}
+        self._known: dict[str, _Known] = {}
+        self._serving: dict[Key, str] = {}  # to name@version
+        self._late: set[Key] = set()  # symbols whose first version of their own is not there: production's answers
+        self._swaps: dict[Key, asyncio.Task[None]] = {}
+        self._held: dict[str, _Held] = {}
+        self._leaving = Leaving()
+        self.failures = Failures(metrics)
         self._noted: set[str] = set()
-        self._loads: dict[str, asyncio.Task[LoadedModel]] = {}
         metrics.registry.register(Snapshot(self._as_metrics))
+        metrics.model_memory.labels("held").set_function(lambda: self.bytes)
         for name in nicknames.values():
             metrics.expect_load(name)
 
-    async def get(self, reference: str) -> LoadedModel:
-        """The version that `name`, `name@version` or `name@alias` means now, loaded if it is not yet.
+    # -- by reference ------------------------------------------------------------------------------
 
-        It runs eagerly until the runtime chosen for this machine is ready. Raises VersionNotFound or
-        ModelUnavailable; requests for one version share one load, which goes on when a request is cancelled.
+    async def get(self, reference: str, symbol: str = "") -> LoadedModel:
+        """The version that answers `name`, `name@version` or `name@alias` now, loaded if none does yet.
+
+        `name` alone means the version of the symbol where it has one of its own, else production's. A version that is
+        the first of its alias runs eagerly until the runtime chosen for this machine is ready. Raises VersionNotFound
+        or ModelUnavailable; requests for one version share one load, which goes on when a request is cancelled.
         """
-        exact = await self._resolve(reference)
-        load = self._loads.get(exact)
-        if load is None:
-            load = asyncio.create_task(self._load(exact), name=f"load {exact}")
-            self._loads[exact] = load
-        eager = await asyncio.shield(load)
-        return self._settled.get(exact, eager)
+        name, wanted = self._in_full(reference)
+        while (model := self.at_hand(reference, symbol)) is None:
+            if _VERSION.fullmatch(wanted):
+                exact = "@".join(await asyncio.to_thread(self.store.resolve, f"{name}@{wanted}"))
+                return await self._loaded(exact, by_version=True)
+            key = await self._key(name, wanted, symbol)
+            if swap := self._begin(key):
+                await asyncio.shield(swap)
+            if self._served(key) is None:
+                raise self.failures.unavailable(self._target(key) or "@".join(key))
+        return model
 
-    def at_hand(self, reference: str) -> LoadedModel | None:
+    def at_hand(self, reference: str, symbol: str = "") -> LoadedModel | None:
         """What `get` would answer without reading or loading anything; None where it would have to."""
-        name, reference = self._in_full(reference)
-        stamp, exact = self._resolved.get(reference, (None, ""))
-        load = self._loads.get(exact)
-        if load is None or not load.done() or stamp != self.store.stamp(name):
+        name, wanted = self._in_full(reference)
+        if _VERSION.fullmatch(wanted):
+            held = self._held.get(f"{name}@{wanted}")
+            if held:
+                held.by_version = True
+        else:
+            key = name, self._alias(name, wanted, symbol)
+            exact = self._served(key)
+            if exact and _is_symbol(key):
+                self._begin(key)
+            held = self._held.get(exact or "")
+        if held is None or held.model is None:
             return None
-        return self._settled.get(exact) or load.result()
+        held.used = time.monotonic()
+        return held.model
+
+    def shadow_of(self, model: LoadedModel) -> tuple[LoadedModel, float] | None:
+        """What forecasts beside a production version for nobody to see, and for which share of requests."""
+        known = self._known.get(model.name)
+        if known is None or known.shadow is None or self._serving.get((model.name, PRODUCTION)) != model.exact:
+            return None
+        held = self._held.get(self._serving.get((model.name, SHADOW), ""))
+        if held is None or held.model is None or held.model.exact == model.exact:
+            return None
+        return held.model, known.shadow[1]
 
     def loaded(self) -> dict[str, LoadedModel]:
         """`name@version` to the versions in memory."""
-        return {
-            exact: self._settled.get(exact, load.result())
-            for exact, load in list(self._loads.items())  # read by a thread too
-            if load.done() and not load.cancelled() and load.exception() is None
-        }
+        return {exact: held.model for exact, held in list(self._held.items()) if held.model}  # read by a thread too
+
+    def serving(self) -> dict[Key, str]:
+        """Which version answers for an alias of a name."""
+        return dict(self._serving)
 
     def note_broken(self, name: str, error: Exception) -> str:
         """`name`, having logged the first time what is wrong with it."""
@@ -120,41 +194,184 @@ class Registry:
             _log.error("%s", error)
         return name
 
-    async def _resolve(self, reference: str) -> str:
-        """`name@version` of a reference; the store is read again only when an alias has moved."""
-        name, reference = self._in_full(reference)
-        known = self._resolved.get(reference)
-        stamp = self.store.stamp(name)  # before the aliases are read: one that moves meanwhile is noticed next time
-        if known and known[0] == stamp:
-            return known[1]
-        exact = "@".join(await asyncio.to_thread(self.store.resolve, reference))
-        self._resolved[reference] = (stamp, exact)
-        return exact
+    @property
+    def bytes(self) -> int:
+        """Size of the versions in memory, on their way there, and let go while they are still computing."""
+        held = sum(held.bytes for held in list(self._held.values()))
+        return held + self._leaving.bytes
 
     def _in_full(self, reference: str) -> tuple[str, str]:
-        """The name that a reference means in the store, and the reference with it."""
-        name, at, wanted = reference.partition("@")
-        name = self.nicknames.get(name, name)
-        return name, f"{name}{at}{wanted}"
+        """The name that a reference means in the store, and what it wants of it."""
+        name, _, wanted = reference.partition("@")
+        return self.nicknames.get(name, name), wanted
 
-    async def _load(self, exact: str) -> LoadedModel:
-        name = exact.partition("@")[0]
-        started = time.monotonic()
+    async def _key(self, name: str, wanted: str, symbol: str) -> Key:
+        """The alias that a reference means, as the store has it now if it has not been seen before."""
+        key = name, self._alias(name, wanted, symbol)
+        if self._target(key) is None:
+            known = await asyncio.to_thread(self._read_known, name)
+            if known.aliases:  # or whatever name somebody invents would be followed for ever
+                self._learn(name, known)
+            key = name, self._alias(name, wanted, symbol)
+        if self._target(key) is None:
+            await asyncio.to_thread(self.store.resolve, "@".join(key))  # says what there is
+        return key
+
+    def _alias(self, name: str, wanted: str, symbol: str) -> str:
+        known = self._known.get(name)
+        return wanted or (symbol if known and symbol in known.aliases else PRODUCTION)
+
+    def _served(self, key: Key) -> str | None:
+        """What answers for an alias now."""
+        return self._serving.get((key[0], PRODUCTION) if key in self._late else key)
+
+    def _target(self, key: Key) -> str | None:
+        """What the store says that an alias means."""
+        known = self._known.get(key[0])
+        version = known and known.aliases.get(key[1])
+        return f"{key[0]}@{version}" if version else None
+
+    # -- following aliases -------------------------------------------------------------------------
+
+    async def look(self) -> None:
+        """See which aliases have moved, of the names that were asked for, and begin to swap what they mean."""
+        for name, known in (await asyncio.to_thread(self._moved, dict(self._known))).items():
+            self._learn(name, known)
+        followed = [key for key in self._serving if not _is_symbol(key)]  # a symbol's, when it is asked for next
+        for key in [*followed, *self._shadows()]:
+            self._begin(key)
+        await asyncio.to_thread(self._leaving.collect)
+
+    async def idle(self) -> None:
+        """Wait for every swap, load and choice of a runtime that has begun."""
+        while tasks := [*self._swaps.values(), *self._under_way()]:
+            await asyncio.wait(tasks)
+
+    async def stop(self) -> None:
+        """Wait for what is being loaded and settled: its thread cannot be interrupted."""
+        swaps = list(self._swaps.values())
+        for swap in swaps:
+            swap.cancel()
+        await asyncio.gather(*swaps, return_exceptions=True)
+        while tasks := self._under_way():
+            await asyncio.wait(tasks)
+
+    def _under_way(self) -> list[asyncio.Task[None]]:
+        return [task for held in self._held.values() for task in (held.load, held.settling) if task]
+
+    def _read_known(self, name: str) -> _Known:
+        stamp = self.store.stamp(name)  # before the aliases: one that moves meanwhile is noticed next time
+        return _Known(stamp, self.store.aliases(name), self.store.shadow(name))
+
+    def _moved(self, known: Mapping[str, _Known]) -> dict[str, _Known]:
+        found = {}
+        for name, each in known.items():
+            what = f"aliases of {name}"
+            try:
+                if self.store.stamp(name) != each.stamp:
+                    found[name] = self._read_known(name)
+                self._noted.discard(what)
+            except (StoreError, OSError) as error:  # what was served goes on
+                self.note_broken(what, error)
+        self._metrics.degraded.labels("store").set(any(f"aliases of {name}" in self._noted for name in known))
+        return found
+
+    def _learn(self, name: str, known: _Known) -> None:
+        before = self._known.get(name, known)
+        self._known[name] = known
+        self.failures.moved(name, {f"{name}@{version}" for version in known.aliases.values()})
+        if (name, PRODUCTION) in self._serving:
+            new = {(name, alias) for alias in known.aliases.keys() - before.aliases.keys()}
+            self._late |= {key for key in new if _is_symbol(key)}
+        for key in [key for key in (*self._serving, *self._late) if key[0] == name and key[1] not in known.aliases]:
+            self._late.discard(key)
+            if key[1] != PRODUCTION:
+                self._serving.pop(key, None)
+        self._release()
+
+    def _begin(self, key: Key) -> asyncio.Task[None] | None:
+        """Have an alias answered by what it means; None where it is, or where that has failed a moment ago."""
+        exact = self._target(key)
+        if exact is None or exact == self._serving.get(key) or self.failures.is_recent(exact):
+            return None
+        if key not in self._swaps:
+            self._swaps[key] = asyncio.create_task(self._swap(key), name=f"swap {'@'.join(key)}")
+        return self._swaps[key]
+
+    async def _swap(self, key: Key) -> None:
+        name, alias = key
         try:
-            model = await asyncio.to_thread(self._read, exact)
+            while (exact := self._target(key)) and exact != self._serving.get(key):
+                before = self._served(key)
+                if before or alias == SHADOW:
+                    await self._made_ready(exact)
+                else:  # somebody waits for it
+                    await self._loaded(exact)
+                if exact == self._target(key) and exact in self._held:  # or it has moved meanwhile
+                    self._serving[key] = exact
+                    self._late.discard(key)
+                    self._metrics.model_swaps.labels(name, "done" if before else "first").inc()
+                    _log.info("%s is %s now, after %s", "@".join(key), exact, before or "nothing")
+        except ModelUnavailable as error:
+            self._metrics.model_swaps.labels(name, "failed").inc()
+            _log.warning("%s goes on with %s: %s", "@".join(key), self._served(key) or "nothing", error)
+        finally:
+            del self._swaps[key]
+            self._release()
+
+    async def _made_ready(self, exact: str) -> None:
+        """Load a version, settle its runtime and let it forecast; ModelUnavailable if any of it fails."""
+        await self._loaded(exact)
+        held = self._held.get(exact)
+        if held and held.settling:
+            await asyncio.shield(held.settling)
+        if held is None or held.model is None or held.rehearsed:
+            return
+        try:
+            await self._rehearse(held.model)
         except Exception as error:
-            del self._loads[exact]  # the next request tries again
-            reason = "verification" if isinstance(error, VerificationFailed) else "error"
-            self._metrics.model_load_failures.labels(name, reason).inc()
-            _log.exception("%s cannot be loaded", exact)
-            raise ModelUnavailable(f"{exact} cannot be loaded") from error
-        settling = asyncio.create_task(self._settle(exact, model), name=f"settle {exact}")
-        self._settling.add(settling)
-        settling.add_done_callback(self._settling.discard)
+            why = str(error) if isinstance(error, InvalidModelOutput) else type(error).__name__
+            unfit = Unfit(f"{exact} does not forecast: {why}")
+            self.failures.note(exact, unfit)
+            raise ModelUnavailable(str(unfit)) from error
+        held.rehearsed = True
+        self.failures.forget(exact)
+
+    # -- loading -----------------------------------------------------------------------------------
+
+    async def _loaded(self, exact: str, *, by_version: bool = False) -> LoadedModel:
+        held = self._held.get(exact)
+        if held is None:
+            if self.failures.is_recent(exact):
+                raise self.failures.unavailable(exact)
+            held = self._held[exact] = _Held()
+            held.load = asyncio.create_task(self._load(exact, held), name=f"load {exact}")
+        held.by_version |= by_version
+        if held.load:
+            await asyncio.shield(held.load)
+        if held.model is None:
+            raise self.failures.unavailable(exact)
+        held.used = time.monotonic()
+        return held.model
+
+    async def _load(self, exact: str, held: _Held) -> None:
+        name, started = exact.partition("@")[0], time.monotonic()
+        try:
+            manifest = await asyncio.to_thread(self.store.manifest, exact)
+            held.bytes = sum(entry.bytes for entry in manifest.files.values())
+            await self._make_room(exact)
+            held.model = await asyncio.to_thread(self._read, exact)
+        except Exception as error:  # noqa: BLE001 - whoever waits hears that it cannot be loaded
+            del self._held[exact]
+            self.failures.note(exact, error)
+            return
+        finally:
+            held.load = None
+        held.settling = asyncio.create_task(self._settle(exact, held), name=f"settle {exact}")
+        self.failures.loaded(exact)
         self._metrics.expect_model(name)
         self._metrics.model_ready.labels(name).set(1)
         self._metrics.model_load_seconds.labels(name).set(time.monotonic() - started)
-        return model
 
     def _read(self, exact: str) -> LoadedModel:
         found = self.store.load(exact)
@@ -164,17 +381,70 @@ class Registry:
             raise VerificationFailed(f"{exact}: {error}") from error
         return LoadedModel(found.manifest, forecaster, settled=not self._selection.is_open(found.manifest))
 
-    async def _settle(self, exact: str, eager: LoadedModel) -> None:
+    async def _settle(self, exact: str, held: _Held) -> None:
         """Put the runtime chosen for this machine in the place of the eager one."""
+        eager = held.model
+        assert eager
         try:
             choice, forecaster = await asyncio.to_thread(self._selection.settle, eager.manifest, eager.forecaster)
+            held.model = LoadedModel(
+                eager.manifest, forecaster, runtime=choice.runtime, dtype=choice.dtype, choice=choice
+            )
         except Exception:  # noqa: BLE001 - the eager model goes on answering, and is what there is
             _log.exception("%s goes on without a choice of runtime", exact)
-            self._settled[exact] = replace(eager, settled=True)
-            return
-        self._settled[exact] = LoadedModel(
-            eager.manifest, forecaster, runtime=choice.runtime, dtype=choice.dtype, choice=choice
-        )
+            held.model = replace(eager, settled=True)
+        held.settling = None
+        self._release()
+
+    # -- memory ------------------------------------------------------------------------------------
+
+    async def _make_room(self, exact: str) -> None:
+        """Let go what is not needed, least recently used first, until a version fits; NoRoom if it never does."""
+        budget = await asyncio.to_thread(self._budget)  # to ask a GPU may take seconds
+        self._metrics.model_memory.labels("budget").set(budget)
+        until = time.monotonic() + DRAIN_SECONDS
+        while (taken := self.bytes) > budget and taken > (needed := self._held[exact].bytes):
+            if (victim := self._dispensable()) is not None:
+                _log.info("%s makes room for %s", victim, exact)
+                self._drop(victim)
+            elif self._leaving.bytes and time.monotonic() < until:
+                await asyncio.sleep(_LOOK_SECONDS)
+                await asyncio.to_thread(self._leaving.collect)
+            else:
+                raise NoRoom(
+                    f"{exact} needs {needed / 1e9:.3g} GB, and {(taken - needed) / 1e9:.3g} of the budget of"
+                    f" {budget / 1e9:.3g} GB are taken: raise CANDLECAST_MEMORY_BUDGET_GB"
+                )
+
+    def _needed(self) -> set[str]:
+        """What an alias means or is about to; a symbol's version can be loaded again when it is asked for."""
+        served = {exact for key, exact in self._serving.items() if not _is_symbol(key)}
+        return served | {exact for key in self._swaps if (exact := self._target(key))}
+
+    def _dispensable(self) -> str | None:
+        needed, symbols = self._needed(), set(self._serving.values())
+        found = [
+            (exact in symbols, held.used, exact)
+            for exact, held in self._held.items()
+            if held.model and not held.settling and exact not in needed
+        ]
+        return min(found)[2] if found else None
+
+    def _release(self) -> None:
+        """Let go every version that no alias means any more, unless it is asked for by its version."""
+        kept = self._needed() | set(self._serving.values())
+        for exact, held in list(self._held.items()):
+            if held.model and not held.settling and not held.by_version and exact not in kept:
+                self._drop(exact)
+
+    def _drop(self, exact: str) -> None:
+        held = self._held.pop(exact)
+        assert held.model
+        for key in [key for key, served in self._serving.items() if served == exact]:
+            del self._serving[key]
+        self._leaving.add(held.model.forecaster, held.bytes)
+        name = held.model.name
+        self._metrics.model_ready.labels(name).set(any(each.name == name for each in self.loaded().values()))
 
     def _as_metrics(self) -> Iterator[Metric]:
         labels = ("model", "version", "runtime", "dtype", "device")
@@ -182,7 +452,25 @@ class Registry:
         for model in self.loaded().values():
             info.add_metric((model.name, model.version, model.runtime, model.dtype, self._device), 1)
         yield info
+        pending = GaugeMetricFamily(
+            "candlecast_model_swap_pending",
+            "Aliases that are answered by another version than the store says.",
+            labels=("model",),
+        )
+        late = self._pending()
+        for name in list(self._known):
+            pending.add_metric((name,), sum(key[0] == name for key in late))
+        yield pending
 
-    async def stop(self) -> None:
-        """Wait for what is being settled: its thread cannot be interrupted."""
-        await asyncio.gather(*self._settling)
+    def _pending(self) -> list[Key]:
+        """Aliases that should be answered otherwise by now; symbols only if their version has failed."""
+        keys = {*self._serving, *self._late, *self._shadows()}
+        late = [(key, exact) for key in keys if (exact := self._target(key)) and exact != self._serving.get(key)]
+        return [key for key, exact in late if not _is_symbol(key) or exact in self.failures]
+
+    def _shadows(self) -> list[Key]:
+        return [(name, SHADOW) for name, known in list(self._known.items()) if known.shadow]
+
+
+def _is_symbol(key: Key) -> bool:
+    return SYMBOL.fullmatch(key[1]) is not None

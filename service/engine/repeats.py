@@ -5,7 +5,6 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Final
 
-from service.engine.registry import LoadedModel
 from service.engine.revisions import Revision
 
 _MOST: Final = 4096
@@ -43,7 +42,7 @@ class Repeat:
     """
 
     reference: str
-    model: LoadedModel
+    model: tuple[str, str, str, str]  # what it executed; the model itself would outlive its successor here
     stored: StoredAs | None  # None: the candles are among the bytes
     key: bytes  # of the forecast
     facts: Facts

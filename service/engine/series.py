@@ -28,6 +28,7 @@ class Series:
     source: Literal["body", "history"]
     warnings: tuple[str, ...] = field(default=())
     next_close: int | None = None  # of the first candle that was left out because it had not closed
+    unclosed: int = 0  # candles left out for that
     revision: Revision | None = None  # of the history that it was read from
 
     @property

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,20 +11,21 @@ from functools import lru_cache
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from model_store.files import StoreError
 from model_store.manifest import Baseline
 from model_store.store import PRODUCTION, ModelStore
 from models.calendars import UnknownCalendar, get_calendar
 from models.candles import InvalidCandles, interval_ms
-from models.scoring import block_length, group_of
+from models.scoring import GROUPS, block_length, group_of
 from service.engine.history import History, HistoryUnavailable, StoredSeries
 from service.engine.series import stale_from
 from service.metrics import Metrics
 from service.score.auto import NAIVE, chosen
 from service.score.drift import Drift, Losses, baseline_for, drift_of_model, drift_of_symbol, losses
 from service.score.ledger import SUMS, Blocks, Ledger
-from service.score.standings import RECENT_BLOCKS, Scores, Standing, related_blocks, scores
+from service.score.standings import RECENT_BLOCKS, Compared, Scores, Standing, compared, related_blocks, scores
 from service.state import REDIS_ERRORS
 
 _log = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ Series = tuple[str, str]  # symbol, interval
 Owner = tuple[str, int]  # name@version, group of horizons
 
 _SETTLE_MS: Final = 5 * 60_000  # or two candles: until then a block may still be restated
+_ALIASES_SECONDS: Final = 1.0
 _EVERY_SECONDS: Final = 60.0  # all series, for what other processes have ingested
 _GATHER_SECONDS: Final = 0.05  # candles of one instant come together
 
@@ -101,6 +104,8 @@ class Evaluator:
         self._fresh: Mapping[Series, Freshness] = {}
         self._known: dict[Series, _Evaluated] = {}
         self._models: tuple[ModelStanding, ...] = ()
+        self._best_of_all: Mapping[tuple[str, int], str] = {}  # by interval and group
+        self._aliases: dict[str, tuple[float, Mapping[str, str]]] = {}  # with when they were read
         self._baselines = lru_cache(256)(lambda exact: store.manifest(exact).baselines)
         self._touched: set[Series] = set()
         self._current: Series | None = None
@@ -140,22 +145,17 @@ class Evaluator:
         """Every model over all its symbols."""
         return self._models
 
+    async def compared(self, model: str, rival: str) -> list[Compared]:
+        """Two versions (name@version) by interval and group of horizons, where both were scored."""
+        return await asyncio.to_thread(_compared, model, rival, dict(self._known))
+
     def best(self, symbol: str, interval: str, horizon: int) -> str | None:
         """What `auto` means for so many steps: the choice for the series, else for all symbols of its interval.
 
         None where nothing was scored.
         """
         group = group_of(horizon)
-        return self.of(symbol, interval).best.get(group) or self._best_of_all(interval, group)
-
-    def _best_of_all(self, interval: str, group: int) -> str | None:
-        those = [each for each in self._models if (each.interval, each.group) == (interval, group)]
-        those = [each for each in those if self._in_production(each.model)]
-        if those and all(each.recent.is_worse_than_naive for each in those):
-            return NAIVE
-        scored = {each.model: each.all for each in those}
-        compared = {model: each.crps / each.naive_mae_log_return for model, each in scored.items() if each.relative_mae}
-        return min(compared, key=lambda model: compared[model], default=None)
+        return self.of(symbol, interval).best.get(group) or self._best_of_all.get((interval, group))
 
     def touch(self, symbol: str, interval: str) -> None:
         """Candles of a series came."""
@@ -185,7 +185,9 @@ class Evaluator:
 
     async def summarise(self) -> None:
         """Recompute what all symbols of each model say together."""
-        self._models = await asyncio.to_thread(self._over_symbols, dict(self._known))
+        models = await asyncio.to_thread(self._over_symbols, dict(self._known))
+        self._best_of_all = await asyncio.to_thread(self._best_over_symbols, models)
+        self._models = models
 
     async def _work(self) -> None:
         due, failed = 0.0, False
@@ -272,14 +274,14 @@ class Evaluator:
                 standardised[model, group] = losses(found, baseline, self._sealed(interval, group))
             drift = drift_of_symbol(standardised.get((model, group)), baseline, interval, group)
             standings[model, group] = Standing(model, group, whole, recent, drift)
-        best = self._best(interval, blocks, standings)
+        best = self._best(symbol, interval, blocks, standings)
         return _Evaluated(calendar, blocks, standardised, SeriesStandings(standings, scales, best))
 
     def _best(
-        self, interval: str, blocks: Mapping[Owner, Blocks], standings: Mapping[Owner, Standing]
+        self, symbol: str, interval: str, blocks: Mapping[Owner, Blocks], standings: Mapping[Owner, Standing]
     ) -> dict[int, str]:
-        """Of the versions that are in production."""
-        served = {model for model, _ in blocks if self._in_production(model)}
+        """Of the versions that answer for the symbol."""
+        served = {model for model, _ in blocks if self._in_production(model, symbol)}
         found = {}
         for group in {group for _, group in blocks}:
             those = {model: each for (model, its), each in blocks.items() if its == group and model in served}
@@ -289,11 +291,27 @@ class Evaluator:
                 found[group] = best
         return found
 
-    def _in_production(self, model: str) -> bool:
+    def _in_production(self, model: str, symbol: str = "") -> bool:
         name, _, version = model.partition("@")
-        with contextlib.suppress(StoreError):
-            return self._store.aliases(name).get(PRODUCTION) == version
-        return False
+        aliases = self._aliases_of(name)
+        return aliases.get(symbol, aliases.get(PRODUCTION)) == version
+
+    def _aliases_of(self, name: str) -> Mapping[str, str]:
+        """As they were a second ago at most: to a store in a bucket every look is a request."""
+        read, known = self._aliases.get(name, (-math.inf, {}))
+        if time.monotonic() - read > _ALIASES_SECONDS:
+            with contextlib.suppress(StoreError, OSError):
+                known = self._store.aliases(name)
+            self._aliases[name] = time.monotonic(), known
+        return known
+
+    def _best_over_symbols(self, models: Sequence[ModelStanding]) -> dict[tuple[str, int], str]:
+        """Of the models in production, the one with the best forecasts of all symbols; NAIVE where all are worse."""
+        found: dict[tuple[str, int], list[ModelStanding]] = {}
+        for each in models:
+            if self._in_production(each.model):
+                found.setdefault((each.interval, each.group), []).append(each)
+        return {owner: best for owner, those in found.items() if (best := _best_of(those))}
 
     def _over_symbols(self, everything: Mapping[Series, _Evaluated]) -> tuple[ModelStanding, ...]:
         members: dict[tuple[str, str, int], list[_Evaluated]] = {}
@@ -324,6 +342,37 @@ class Evaluator:
         """The first block whose candles may still be on their way."""
         step = interval_ms(interval)
         return (self._now() - step - max(2 * step, _SETTLE_MS)) // (block_length(group) * step)
+
+
+def _best_of(those: Sequence[ModelStanding]) -> str | None:
+    if all(each.recent.is_worse_than_naive for each in those):
+        return NAIVE
+    scored = {each.model: each.all for each in those}
+    ratios = {model: each.crps / each.naive_mae_log_return for model, each in scored.items() if each.relative_mae}
+    return min(ratios, key=lambda model: ratios[model], default=None)
+
+
+def _compared(model: str, rival: str, everything: Mapping[Series, _Evaluated]) -> list[Compared]:
+    pairs: dict[tuple[str, int], list[tuple[str, Blocks, Blocks]]] = {}
+    for (_, interval), each in sorted(everything.items()):
+        for group in range(len(GROUPS)):
+            own, others = each.blocks.get((model, group)), each.blocks.get((rival, group))
+            if own and others and (both := np.intersect1d(own.numbers, others.numbers)).size:
+                found = each.calendar, _at(own, both), _at(others, both)
+                pairs.setdefault((interval, group), []).append(found)
+    return [pair for owner, members in sorted(pairs.items()) if (pair := _compared_over(*owner, members))]
+
+
+def _compared_over(interval: str, group: int, members: Sequence[tuple[str, Blocks, Blocks]]) -> Compared | None:
+    calendars, own, others = zip(*members, strict=True)
+    related = max(related_blocks(calendar, interval, group) for calendar in calendars)
+    sums = _by_block(own), _by_block(others)
+    return compared(*sums, related, interval=interval, group=group, symbols=len(members))
+
+
+def _at(blocks: Blocks, numbers: NDArray[np.int64]) -> Blocks:
+    kept = np.isin(blocks.numbers, numbers)
+    return Blocks(blocks.numbers[kept], blocks.sums[kept])
 
 
 def _freshness(stored: Sequence[StoredSeries]) -> dict[Series, Freshness]:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
 from numpy.typing import NDArray
 
 from models.candles import DAY_MS, interval_ms
@@ -61,11 +62,49 @@ class Standing:
     drift: Drift
 
 
+@dataclass(frozen=True)
+class Compared:
+    """Two versions over the series and blocks of time in which both were scored.
+
+    `relative_mae` is the rival's error over the version's, each in units of the naive forecast's on its own targets,
+    which a rival that forecasts a share of the requests has fewer of; with a 95 % block-bootstrap interval where there
+    are blocks enough.
+    """
+
+    interval: str
+    group: int
+    symbols: int
+    version: Scores
+    rival: Scores
+    relative_mae: float | None  # None: nothing to divide by
+    low: float | None
+    high: float | None
+
+
 def related_blocks(calendar: str, interval: str, group: int) -> int:
     """In how many blocks in a row targets of one forecast may lie: blocks are spans of time, and markets pause."""
     open_hours = 24.0 if calendar in ("24/7", "24/5") or interval_ms(interval) >= DAY_MS else _SESSION
     share = open_hours / 24 * (1 if calendar == "24/7" else 5 / 7)
     return 1 + math.ceil(GROUPS[group] / share / block_length(group))
+
+
+def compared(
+    sums: NDArray[Any], rival: NDArray[Any], related: int, *, interval: str, group: int, symbols: int
+) -> Compared | None:
+    """Of sums `[N]` of the same blocks, so many of which in a row share forecasts; None where nothing was scored."""
+    own, others = scores(sums, related), scores(rival, related)
+    if own is None or others is None:
+        return None
+    naive = sums["naive_error"]
+    share = np.divide(
+        rival["naive_error"], naive, out=np.zeros_like(naive), where=naive > 0
+    )  # 1 where targets are equal
+    errors = sums["error"] * share
+    total = errors.sum()
+    bounds = block_bootstrap(rival["error"], errors, block=related, seed=0, draws=_DRAWS) if total > 0 else None
+    low, high = bounds or (None, None)
+    relative = float(rival["error"].sum() / total) if total > 0 else None
+    return Compared(interval, group, symbols, own, others, relative, low, high)
 
 
 def scores(sums: NDArray[Any], related: int, seed: int = 0) -> Scores | None:

@@ -17,7 +17,6 @@ from tests.monitoring.conftest import RULES, check
 NAME = re.compile(r"(?<![:\w])(?:candlecast|process|python)_[a-z0-9_]+(?![:\w])")
 UNITS = {"reqps", "s", "percentunit", "none", "short", "cps", "ops", "bytes"}
 NOT_SHOWN = {
-    "candlecast_model_ready",  # candlecast_model_info says more
     "python_gc_objects_collected",
     "python_gc_objects_uncollectable",
     "process_virtual_memory_bytes",

@@ -136,7 +136,7 @@ async def test_a_stand_in_for_the_chosen_runtime_is_not_remembered(
         registry = app.state.services.registry
         settled = await registry.get("naive")
 
-        async def unsettled(_: str) -> LoadedModel:
+        async def unsettled(*_: str) -> LoadedModel:
             return replace(settled, settled=False)
 
         with monkeypatch.context() as patched:

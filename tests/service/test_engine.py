@@ -12,9 +12,9 @@ pytestmark = pytest.mark.anyio
 NAIVE = {"model": "naive", "interval": "1h", "horizon": 3}
 
 
-async def until(condition: Any) -> None:
+async def until(condition: Any, seconds: float = 10) -> None:
     """Give other tasks and the engine's thread their turn until something holds."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it never happened"
         await asyncio.sleep(0.002)

@@ -232,15 +232,6 @@ async def test_serving_defaults_of_the_version_apply_until_the_request_says_othe
     assert answer.json()["meta"]["context"] == 7
 
 
-async def test_a_promoted_version_answers_the_next_request(client: Any, put_naive: Any, rows: Any) -> None:
-    first = await forecast(client, candles=rows())
-    newer = put_naive(created_at="2025-02-02T00:00:00Z")
-    assert newer.version != first["model"]["version"]
-    assert (await forecast(client, candles=rows()))["model"]["version"] == newer.version
-    exact = await forecast(client, model=f"naive@{first['model']['version']}", candles=rows())
-    assert exact["model"]["version"] == first["model"]["version"]
-
-
 async def test_extreme_but_valid_candles_never_answer_with_a_number_that_is_none(client: Any, rows: Any) -> None:
     for scale in (1e-12, 1e12):
         sent = [[row[0], *(value * scale for value in row[1:5]), -0.0] for row in rows()]

@@ -39,7 +39,7 @@ async def settled(app: Any) -> None:
     """Return when the model's runtime is chosen: what answered before that is computed again after."""
     registry = app.state.services.registry
     await registry.get("naive")
-    await asyncio.gather(*registry._settling)
+    await registry.idle()
 
 
 def watched(app: Any, index: int = 0) -> Any:

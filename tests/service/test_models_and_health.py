@@ -1,20 +1,15 @@
 """GET /models, the probes, the metrics."""
 
 import asyncio
-import threading
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from prometheus_client import CollectorRegistry
 
-from model_store.store import ModelStore
-from models.naive import NaiveForecaster
 from service.app import create_admin_app
-from service.engine.registry import Registry
-from service.engine.selection import Selection
-from service.metrics import LOAD_FAILURES, Metrics
+from service.metrics import LOAD_FAILURES
+from tests.service.conftest import HOUR, NOW
 
 pytestmark = pytest.mark.anyio
 
@@ -61,46 +56,6 @@ async def test_a_version_that_does_not_load_is_503_and_tried_again(running: Any,
         assert refused.json()["code"] == "model_unavailable"
         assert "weights" not in refused.text
         assert (await client.post("/forecast/BTC", json=body)).status_code == 200
-
-
-class Watched(ModelStore):
-    """A store that tells from where it is asked, and whose aliases may move while it answers."""
-
-    def __init__(self, root: Path) -> None:
-        super().__init__(root)
-        self.asked_by: list[threading.Thread] = []
-        self.promoted_next: str | None = None
-
-    def resolve(self, reference: str) -> tuple[str, str]:
-        found = super().resolve(reference)
-        self.asked_by.append(threading.current_thread())
-        moved, self.promoted_next = self.promoted_next, None
-        if moved:
-            self.promote(moved, force="test")
-        return found
-
-
-def registry_of(store: ModelStore) -> Registry:
-    selection = Selection(store, store.root.parent / "home", "cpu", None)
-    return Registry(store, lambda *_: NaiveForecaster(), {}, "cpu", selection, Metrics(CollectorRegistry()))
-
-
-async def test_an_alias_that_moves_while_it_is_read_is_read_again(store: ModelStore, put_naive: Any) -> None:
-    newer = put_naive(created_at="2025-02-01T00:00:00Z").version
-    older = put_naive().version
-    watched = Watched(store.root)
-    registry = registry_of(watched)
-    watched.promoted_next = f"naive@{newer}"
-    assert (await registry.get("naive")).version == older
-    assert (await registry.get("naive")).version == newer
-
-
-async def test_unknown_references_are_looked_up_off_the_event_loop(store: ModelStore, put_naive: Any) -> None:
-    put_naive()
-    watched = Watched(store.root)
-    await registry_of(watched).get("naive")
-    assert threading.current_thread() not in watched.asked_by
-    assert watched.asked_by
 
 
 async def test_damaged_weights_are_never_served(running: Any, rows: Any, store: Any, put_naive: Any) -> None:
@@ -162,21 +117,26 @@ async def test_metrics_count_what_happened(running: Any, rows: Any) -> None:
         await client.post("/forecast/BTC", json=NAIVE)
         await client.post("/forecast/BTC", json=NAIVE | {"samples": 3})
         await client.post("/forecast/BTC", json=NAIVE | {"candles": [[1, 2, 3, 4, 5, 6]]})
+        await client.post("/forecast/BTC", json=NAIVE | {"model": "unknown"})
+        forming = rows(1, end=NOW // HOUR * HOUR + HOUR)
+        await client.put("/candles/BTC", json={"candles": forming, "interval": "1h"})
         text = await scrape(app)
     for line in (
         'candlecast_forecast_requests_total{model="naive",outcome="ok"} 1.0',
         'candlecast_forecast_requests_total{model="naive",outcome="invalid"} 2.0',
         'candlecast_forecast_requests_total{model="naive",outcome="timeout"} 0.0',
+        'candlecast_forecast_requests_total{model="_unknown",outcome="invalid"} 1.0',
         'candlecast_http_requests_total{code="200",method="POST",route="/forecast/{symbol}"} 1.0',
         'candlecast_http_requests_total{code="422",method="POST",route="/forecast/{symbol}"} 2.0',
         'candlecast_candles_ingested_total{result="new"} 8.0',
+        'candlecast_candles_ingested_total{result="unclosed"} 1.0',
         'candlecast_candle_rejections_total{reason="invalid_timestamp"} 1.0',
         'candlecast_batch_size_count{model="naive"} 1.0',
         'candlecast_forecast_stage_duration_seconds_count{model="naive",stage="total"} 1.0',
         'candlecast_forecast_stage_duration_seconds_count{model="naive",stage="run"} 1.0',
         'candlecast_model_ready{model="naive"} 1.0',
         "candlecast_queue_depth 0.0",
-        'candlecast_redis_command_duration_seconds_count{op="history_read"} 2.0',
+        'candlecast_redis_command_duration_seconds_count{op="history_read"} 3.0',
     ):
         assert line in text, line
     assert "_created" not in text

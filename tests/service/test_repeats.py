@@ -1,6 +1,5 @@
 """A request whose bytes were answered before is answered without being read, and never otherwise than if it were."""
 
-import asyncio
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -39,7 +38,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 async def settled(client: Any, app: Any, rows: Any, read: list[bytes]) -> None:
     """Return when the model's runtime is chosen: what answered before that is not what answers after."""
     await forecast(client, rows, cache="bypass")
-    await asyncio.gather(*app.state.services.registry._settling)
+    await app.state.services.registry.idle()
     read.clear()
 
 
@@ -92,9 +91,11 @@ async def test_a_forecast_that_is_not_kept_is_computed_again(running: Any, rows:
 
 
 async def test_a_moved_alias_is_followed(running: Any, rows: Any, put_naive: Any) -> None:
-    async with running() as (client, _):
+    async with running() as (client, app):
         before = [await forecast(client, rows) for _ in range(2)][-1]
         moved = put_naive(created_at="2025-02-02T00:00:00Z")
+        await app.state.services.registry.look()
+        await app.state.services.registry.idle()
         after = await forecast(client, rows)
         assert before["model"]["version"] != moved.version
         assert after["model"]["version"] == moved.version
@@ -106,7 +107,7 @@ async def test_a_runtime_that_takes_over_answers(running: Any, rows: Any) -> Non
         await forecast(client, rows)
         registry = app.state.services.registry
         ((exact, model),) = registry.loaded().items()
-        registry._settled[exact] = replace(model, runtime="other")
+        registry._held[exact].model = replace(model, runtime="other")
         assert (await forecast(client, rows))["model"]["runtime"] == "other"
 
 

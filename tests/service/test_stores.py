@@ -10,6 +10,7 @@ import pytest
 from model_store.gc import unused
 from model_store.store import ModelStore
 from service.engine.leases import announce_once
+from tests.service.test_hot_swap import followed
 
 pytestmark = pytest.mark.anyio
 
@@ -38,6 +39,7 @@ async def test_a_service_serves_from_a_bucket_and_follows_its_aliases(
         assert answer.json()["model"]["version"] == first
         assert [model["version"] for model in (await client.get("/models")).json()["models"]] == [first, second]
         store.promote(f"naive@{second}")
+        await followed(app)
         answer = await client.post("/forecast/BTC", json=NAIVE | {"candles": rows(9)})
         assert answer.json()["model"]["version"] == second
         assert app.state.services.registry.store.root.is_relative_to(tmp_path / "home" / "store-cache")

@@ -98,8 +98,8 @@ def _standing(standing: Standing | ModelStanding, price: float | None) -> Standi
         model=name,
         version=version,
         steps=group_name(standing.group),
-        all=_scores(standing.all, price),
-        recent=_scores(standing.recent, price),
+        all=scores_answer(standing.all, price),
+        recent=scores_answer(standing.recent, price),
         drift=DriftAnswer(**vars(standing.drift)),
     )
 
@@ -109,7 +109,7 @@ def _model(standing: ModelStanding) -> ModelAccuracyAnswer:
     return ModelAccuracyAnswer(interval=standing.interval, symbols=standing.symbols, **shared)
 
 
-def _scores(found: Scores, price: float | None) -> ScoresAnswer:
+def scores_answer(found: Scores, price: float | None) -> ScoresAnswer:
     """`price` turns errors per price into errors; skill is one minus the relative MAE, ends changing places."""
     return ScoresAnswer(
         steps=found.steps,

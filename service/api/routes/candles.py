@@ -58,6 +58,7 @@ async def _stored(name: str, body: PutCandlesRequest, restate: bool, parts: Serv
     except InputError as error:
         parts.metrics.rejections.labels(error.code).inc()
         raise
+    parts.metrics.candles_ingested.labels("unclosed").inc(sent.unclosed)
     counts = PutCounts()
     if len(sent.timestamps):
         put = partial(history.restate, now=now) if restate else history.put

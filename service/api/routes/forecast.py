@@ -5,6 +5,7 @@ import time
 
 from fastapi import APIRouter, Request, Response
 
+from model_store.files import VersionNotFound
 from service.api.forecasting import Noted, found_for, settled
 from service.api.repeated import AdmittedRoute, answer, remember
 from service.api.schemas import ForecastAnswer, ForecastRequest, normalise_symbol
@@ -55,4 +56,4 @@ def _outcome(error: Exception) -> str:
         return "overloaded"
     if isinstance(error, DeadlineExceeded):
         return "timeout"
-    return "invalid" if isinstance(error, (ValueError, UnknownSymbol)) else "error"
+    return "invalid" if isinstance(error, (ValueError, UnknownSymbol, VersionNotFound)) else "error"

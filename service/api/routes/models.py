@@ -1,4 +1,4 @@
-"""GET /models: what the store holds and what is loaded."""
+"""GET /models and /models/{name}/shadow: what the store holds, what answers and why, and what a shadow is worth."""
 
 import asyncio
 from collections.abc import Mapping
@@ -6,26 +6,82 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from model_store.files import VerificationFailed
+from model_store.files import VerificationFailed, VersionNotFound
 from model_store.manifest import Evaluation, Manifest
 from model_store.store import PRODUCTION
-from service.api.schemas import EvaluationAnswer, LimitsAnswer, ModelAnswer, ModelsAnswer, RuntimeAnswer
+from models.scoring import group_name
+from service.api.routes.accuracy import scores_answer
+from service.api.schemas import (
+    ComparedAnswer,
+    EvaluationAnswer,
+    FailureAnswer,
+    LimitsAnswer,
+    ModelAnswer,
+    ModelsAnswer,
+    RuntimeAnswer,
+    ShadowAnswer,
+)
+from service.engine.failures import Failure
 from service.engine.registry import LoadedModel, Registry
-from service.services import Parts
+from service.score.standings import Compared
+from service.services import Parts, Services
 
 router = APIRouter()
 
 
 @router.get("/models", response_model=ModelsAnswer, summary="Models that can be asked for")
 async def get_models(parts: Parts) -> Any:
-    """Every version in the store, with its aliases, limits and scores, and the names of those that are broken."""
-    loaded = parts.registry.loaded()
-    return await asyncio.to_thread(_describe_all, parts.registry, loaded)
+    """Every version in the store, with its aliases, limits and scores, those that are broken, and why any is not
+    served."""
+    return await asyncio.to_thread(_describe_all, parts.registry)
 
 
-def _describe_all(registry: Registry, loaded: Mapping[str, LoadedModel]) -> ModelsAnswer:
+@router.get("/models/{name}/shadow", response_model=ShadowAnswer, summary="What a shadow is worth beside production")
+async def get_shadow(name: str, parts: Parts) -> Any:
+    """404 where the model has no shadow."""
+    name = parts.registry.nicknames.get(name, name)
+    found = await shadow_of(name, parts)
+    if found is None:
+        raise VersionNotFound(f"{name} has no shadow")
+    return found
+
+
+async def shadow_of(name: str, parts: Services) -> ShadowAnswer | None:
+    """What a model's shadow is worth so far beside the version that is in production, if it has one."""
+    store, registry = parts.registry.store, parts.registry
+    shadow = await asyncio.to_thread(store.shadow, name)
+    if shadow is None:
+        return None
+    version, share = shadow
+    production = (await asyncio.to_thread(store.aliases, name)).get(PRODUCTION)
+    exact = f"{name}@{version}"
+    pairs = await parts.evaluator.compared(f"{name}@{production}", exact) if production not in (None, version) else []
+    return ShadowAnswer(
+        model=name,
+        production=production,
+        shadow=version,
+        share=share,
+        loaded=exact in registry.loaded(),
+        compared=[_compared(pair) for pair in pairs],
+    )
+
+
+def _compared(pair: Compared) -> ComparedAnswer:
+    return ComparedAnswer(
+        interval=pair.interval,
+        steps=group_name(pair.group),
+        symbols=pair.symbols,
+        production=scores_answer(pair.version, None),
+        shadow=scores_answer(pair.rival, None),
+        relative_mae=pair.relative_mae,
+        relative_mae_interval=None if pair.low is None or pair.high is None else (pair.low, pair.high),
+    )
+
+
+def _describe_all(registry: Registry) -> ModelsAnswer:
     """What can be read; one broken version or table of aliases hides nothing else."""
-    store, found, broken = registry.store, [], []
+    store, loaded, serving = registry.store, registry.loaded(), registry.serving()
+    found, broken = [], []
     for name in store.models():
         try:
             aliases = store.aliases(name)
@@ -35,15 +91,30 @@ def _describe_all(registry: Registry, loaded: Mapping[str, LoadedModel]) -> Mode
         for version in store.versions(name):
             exact = f"{name}@{version}"
             pointing = sorted(alias for alias, target in aliases.items() if target == version)
+            answers_for = sorted(alias for (its, alias), served in serving.items() if its == name and served == exact)
             try:
-                found.append(_describe(store.manifest(exact), pointing, registry.nicknames, loaded.get(exact)))
+                manifest = store.manifest(exact)
+                found.append(_describe(manifest, pointing, answers_for, registry.nicknames, loaded.get(exact)))
             except VerificationFailed as error:
                 broken.append(registry.note_broken(exact, error))
-    return ModelsAnswer(models=found, broken=broken)
+    failures = [_failure(*each) for each in sorted(registry.failures.all().items(), key=lambda its: its[0])]
+    return ModelsAnswer(models=found, broken=broken, failures=failures)
+
+
+def _failure(exact: str, failure: Failure) -> FailureAnswer:
+    name, _, version = exact.partition("@")
+    at = int(1000 * failure.at)
+    return FailureAnswer(
+        model=name, version=version, reason=failure.reason, detail=failure.detail, at=at, tries=failure.tries
+    )
 
 
 def _describe(
-    manifest: Manifest, aliases: list[str], nicknames: Mapping[str, str], loaded: LoadedModel | None
+    manifest: Manifest,
+    aliases: list[str],
+    answers_for: list[str],
+    nicknames: Mapping[str, str],
+    loaded: LoadedModel | None,
 ) -> ModelAnswer:
     name = manifest.model
     asked_for_as = [f"{name}@{target}" for target in (manifest.version, *aliases)]
@@ -54,6 +125,7 @@ def _describe(
         version=manifest.version,
         family=manifest.family,
         aliases=aliases,
+        answers_for=answers_for,
         asked_for_as=asked_for_as,
         loaded=loaded is not None,
         runtime=_runtime(loaded) if loaded else None,

@@ -56,3 +56,11 @@ def test_density_and_mean_equal_scipys():
     expected = (weights * stats.t.pdf(y.numpy()[:, None], df, loc, scale)).sum(-1)
     np.testing.assert_allclose(log_density(mixture, y).exp().numpy(), expected, rtol=1e-10)
     np.testing.assert_allclose(mean(tabulate(mixture)).numpy(), (weights * loc).sum(-1), rtol=1e-12)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_mixtures_whose_parameters_are_no_numbers_have_no_quantiles(broken):
+    shape = (3, 5)
+    log_weights = torch.full(shape, 1 / 5).log()
+    mixture = Mixture(torch.full(shape, 3.0), torch.zeros(shape), torch.full(shape, broken), log_weights)
+    assert not torch.isfinite(quantiles(tabulate(mixture), (0.1, 0.9))).any()

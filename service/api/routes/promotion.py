@@ -1,0 +1,37 @@
+"""POST /models/{name}/promote, on the admin port: through the store's gate, then heard of by every process."""
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter
+
+from model_store.files import VerificationFailed
+from model_store.gate import PromotionRefused
+from model_store.manifest import Manifest
+from service.api.routes.models import shadow_of
+from service.api.schemas import PromoteAnswer, PromoteRequest, normalise_symbol
+from service.api.wire import StrictRoute
+from service.services import Parts
+
+router = APIRouter(route_class=StrictRoute)
+
+
+@router.post("/models/{name}/promote", response_model=PromoteAnswer, summary="Have another version answer")
+async def promote(name: str, parts: Parts, body: PromoteRequest) -> Any:
+    """409 where the gate refuses it. What answers now does so until each process has loaded the other beside it."""
+    name = parts.registry.nicknames.get(name, name)
+    symbol = normalise_symbol(body.symbol) if body.symbol else None
+
+    def through_the_gate() -> Manifest:
+        try:
+            return parts.registry.store.promote(f"{name}@{body.version}", symbol=symbol, force=body.force)
+        except VerificationFailed as error:
+            raise PromotionRefused(str(error)) from error
+        except OSError as error:
+            raise PromotionRefused(f"this process cannot write to the store: {error.strerror}") from error
+
+    worth = await shadow_of(name, parts)
+    manifest = await asyncio.to_thread(through_the_gate)
+    await parts.follower.announce(name)
+    shadow = worth if worth and worth.shadow == manifest.version else None
+    return PromoteAnswer(model=name, version=manifest.version, symbol=symbol, shadow=shadow)

@@ -102,9 +102,9 @@ class _KronosWindows:
     def draw(self, rows: int) -> tuple[Floats, Tensor]:
         """Candles `[B, L, 6]` in their own units, and calendar features `[B, L, 5]`."""
         windows = self.sampler.draw(rows, self.rng)
+        signs = np.where(self.rng.random(windows.candles.shape[:2]) < 0.5, -1.0, 1.0)
         candles = partly_simulated(windows.candles, self.simulated, self.rng)
-        if self.mirrored:
-            candles = scale_moves(candles, np.where(self.rng.random(candles.shape[:2]) < 0.5, -1.0, 1.0))
+        candles = scale_moves(candles, signs) if self.mirrored else candles
         stamps = np.stack([calendar_features(local) for local in windows.local_times])
         return candles, torch.from_numpy(stamps)
 

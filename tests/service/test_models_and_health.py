@@ -42,7 +42,7 @@ async def test_requests_for_one_version_share_one_load(running: Any, rows: Any, 
 
 
 async def test_a_version_that_does_not_load_is_503_and_tried_again(running: Any, rows: Any, faulty: Any) -> None:
-    failures = [ValueError("weights do not fit")]
+    failures = [RuntimeError("weights do not fit")]
 
     def build(*_: Any) -> Any:
         if failures:

@@ -1,6 +1,5 @@
 """One runtime per version and machine: the fastest whose parity passed, timed once, remembered, shown."""
 
-import asyncio
 import json
 import threading
 from collections.abc import Callable
@@ -276,7 +275,7 @@ async def test_eager_answers_uncached_while_the_choice_settles_then_the_chosen_o
             assert (await client.get("/readyz")).status_code == 200
         finally:
             may_settle.set()
-        await asyncio.gather(*app.state.services.registry._settling)
+        await app.state.services.registry.idle()
         later = await ask(client)
         assert (later["model"]["runtime"], later["model"]["dtype"]) == ("eager", "bfloat16")
         assert not later["meta"]["degraded"]
@@ -305,4 +304,4 @@ async def test_a_damaged_artefact_manifest_leaves_the_version_to_eager(
             answer = await client.post("/forecast/BTC", json=body)
             assert answer.status_code == 200, answer.text
             assert answer.json()["model"]["runtime"] == "eager"
-            await asyncio.gather(*app.state.services.registry._settling)
+            await app.state.services.registry.idle()

@@ -47,6 +47,7 @@ ServiceUrl = click.option(
     show_default=True,
     help="The running service.",
 )
+Device = click.option("--device", envvar="CANDLECAST_DEVICE", default="cpu", show_default=True, help="Torch device.")
 HomeFolder = click.option(
     "--home",
     envvar="CANDLECAST_HOME",
@@ -369,6 +370,7 @@ def check_data(folder: Path, summary: Path, as_json: bool, **options: Any) -> No
 @click.option(
     "--tensorboard", type=click.Path(file_okay=False, path_type=Path), help="Write TensorBoard's event files here too."
 )
+@Device
 @HomeFolder
 @StoreRoot
 @JsonFlag
@@ -387,6 +389,7 @@ def train(
     test_root: Path | None,
     restart: bool,
     tensorboard: Path | None,
+    device: str,
     home: Path,
     store_root: str,
     as_json: bool,
@@ -427,18 +430,17 @@ def train(
         recipes = [recipe.with_roots(train_root, val_root, test_root) for recipe in recipes]
     elif train_root or val_root or test_root:
         raise click.UsageError("--train-root and --test-root go together")
+    how: Any = {"restart": restart, "tensorboard": tensorboard, "device": device}
     if any(recipe.tune and recipe.tune.per_symbol for recipe in recipes):
         if len(recipes) > 1:
             raise click.UsageError("a recipe with per_symbol is trained alone")
-        _train_per_symbol(recipes[0], store, home, as_json, restart=restart, tensorboard=tensorboard)
+        _train_per_symbol(recipes[0], store, home, as_json, **how)
         return
     there = [r.name for r in recipes if if_missing and PRODUCTION in store.aliases(r.name)]
     missing = [recipe for recipe in recipes if recipe.name not in there]
     manifests = [store.manifest(name) for name in there]
     if missing:
-        manifests += train_all(
-            missing, store_root, home, restart=restart, tensorboard=tensorboard, quiet=as_json or not leads
-        )
+        manifests += train_all(missing, store_root, home, quiet=as_json or not leads, **how)
         if not leads:
             return
     for manifest in manifests:
@@ -695,7 +697,7 @@ def models() -> None:
 
 @models.command("time")
 @click.argument("references", metavar="[NAME]...", nargs=-1)
-@click.option("--device", envvar="CANDLECAST_DEVICE", default="cpu", show_default=True, help="Torch device.")
+@Device
 @click.option("--threads", envvar="CANDLECAST_THREADS", type=click.IntRange(min=1), help="As the service has them.")
 @HomeFolder
 @StoreRoot

@@ -145,6 +145,13 @@ def _descend(
         report(len(losses) / schedule.steps, f"step {len(losses)}, loss {_tail_mean(losses):.4f}")
 
 
+def _peak_bytes(device: torch.device) -> int:
+    """Of the GPU's memory, or of this process'."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT
+
+
 def _due(step: int, every: int, schedule: "Schedule") -> bool:
     return step % every == 0 or step == schedule.steps
 
@@ -167,7 +174,7 @@ class Fitting:
         self.losses: list[float] = []
         self.schedule = Schedule(phase)
         self._objective, self._phase = objective, phase
-        self._device = next(iter(objective.parameters())).device.type
+        self._device = next(iter(objective.parameters())).device
         self._parameters = [p for p in objective.parameters() if p.requires_grad]
         self._optimiser = torch.optim.AdamW(
             self._parameters, lr=phase.learning_rate, betas=phase.betas, weight_decay=phase.weight_decay, fused=True
@@ -210,7 +217,7 @@ class Fitting:
             "learning_rate": rate,
             "gradient_norm": float(norm),
             "rows_per_second": self._phase.batch_rows / (time.monotonic() - started),
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT,
+            "peak_memory_bytes": _peak_bytes(self._device),
         }
 
     def _gradients(self) -> dict[str, float]:
@@ -218,13 +225,13 @@ class Fitting:
 
         Every process draws the whole batch, so that all generators stay where they would be with one.
         """
-        batch = self._objective.draw(self._phase.batch_rows)
+        batch = [tensor.to(self._device) for tensor in self._objective.draw(self._phase.batch_rows)]
         several = self._phase.accumulate * processes.count()
         pieces = list(zip(*(tensor.chunk(several) for tensor in batch), strict=True))
         names: tuple[str, ...] = ()
         means = []
         for piece in pieces[processes.rank() :: processes.count()]:
-            with torch.autocast(self._device, torch.bfloat16, enabled=self._phase.precision == "bfloat16"):
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._phase.precision == "bfloat16"):
                 parts = self._loss(piece)
             names, found = tuple(parts), torch.stack(list(parts.values()))
             (found.sum() / several).backward()

@@ -50,6 +50,7 @@ def train_per_symbol(
     *,
     restart: bool = False,
     tensorboard: Path | None = None,
+    device: str = "cpu",
 ) -> list[Outcome]:
     """Fit, evaluate and publish a version of the base for each symbol of the recipe that is not held out.
 
@@ -59,7 +60,7 @@ def train_per_symbol(
     """
     if processes.started() > 1:
         raise ValueError("per_symbol trains in one process: start it without torchrun")
-    recipe, base = based(recipe, store)
+    recipe, base = based(recipe, store, device)
     if base is None:
         raise ValueError("per_symbol needs a base: give tune")
     series, split = candles(recipe, home / "cache")

@@ -24,13 +24,18 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def own_device(device: str) -> str:
+    """`cuda` is another GPU in each process of a machine."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+
+
 @contextmanager
 def together() -> Iterator[None]:
     """Join the other processes, if torchrun started some, for as long as the context lasts."""
     if started() == 1 or dist.is_initialized():
         yield
         return
-    dist.init_process_group("gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield
     finally:

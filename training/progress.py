@@ -46,6 +46,7 @@ def train_all(
     *,
     restart: bool = False,
     tensorboard: Path | None = None,
+    device: str = "cpu",
     quiet: bool = False,
 ) -> list[Manifest]:
     """Train every recipe, each in a process of its own where there are several; the first failure is raised.
@@ -54,7 +55,7 @@ def train_all(
     """
     if len(recipes) > 1 and processes.started() > 1:
         raise ValueError("under torchrun, train one recipe at a time")
-    how = partial(train, home=home, restart=restart, tensorboard=tensorboard)
+    how = partial(train, home=home, restart=restart, tensorboard=tensorboard, device=device)
     with bars(quiet=quiet) as track:
         if len(recipes) == 1:
             return [how(recipes[0], ModelStore(store_root), track)]

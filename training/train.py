@@ -74,11 +74,12 @@ class Base:
     """The stored version that training starts from, and that its result is judged beside."""
 
     version: LoadedVersion
+    device: str = "cpu"
 
     @cached_property
     def forecaster(self) -> Forecaster:
         version = self.version
-        return build_forecaster(version.manifest.family, version.config, version.weights)
+        return build_forecaster(version.manifest.family, version.config, version.weights, self.device)
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class Prepared:
     choosing: Origins | None  # of the val part, among weights
     base: Base | None = None  # unless training starts from scratch
     symbol: str | None = None  # the only one, which alone the version will serve
+    device: str = "cpu"
 
     @property
     def model(self) -> str:
@@ -118,6 +120,7 @@ def train(
     *,
     restart: bool = False,
     tensorboard: Path | None = None,
+    device: str = "cpu",
 ) -> Manifest:
     """Fit, evaluate and publish a recipe; the version becomes `candidate`, and `production` where there is none.
 
@@ -126,14 +129,14 @@ def train(
     training.log says goes into a folder under `tensorboard` as well.
     """
     with processes.together():
-        return _train(recipe, store, track, home, restart, tensorboard)
+        return _train(recipe, store, track, home, restart, tensorboard, processes.own_device(device))
 
 
 def _train(
-    recipe: Recipe, store: ModelStore, track: Track, home: Path, restart: bool, tensorboard: Path | None
+    recipe: Recipe, store: ModelStore, track: Track, home: Path, restart: bool, tensorboard: Path | None, device: str
 ) -> Manifest:
-    recipe, base = based(recipe, store)
-    prepared = prepare(recipe, home / "cache", base)
+    recipe, base = based(recipe, store, device)
+    prepared = replace(prepare(recipe, home / "cache", base), device=device)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     with run_folder(home / "runs", recipe, prepared.data_digest, tensorboard) as folder:
@@ -144,7 +147,7 @@ def _train(
     return manifest
 
 
-def based(recipe: Recipe, store: ModelStore) -> tuple[Recipe, Base | None]:
+def based(recipe: Recipe, store: ModelStore, device: str = "cpu") -> tuple[Recipe, Base | None]:
     """The recipe with the network and serving defaults of its base, named by its version, and that, if it has one.
 
     ValueError if it cannot do what is asked.
@@ -161,7 +164,7 @@ def based(recipe: Recipe, store: ModelStore) -> tuple[Recipe, Base | None]:
     tune = recipe.tune.model_copy(update={"base": name})
     serving = ServingTable.model_validate({**manifest.serving, **recipe.serving.model_dump(exclude_none=True)})
     changes = {"network": dict(base.config), "tune": tune, "serving": serving}
-    return recipe.model_copy(update=changes), Base(base)
+    return recipe.model_copy(update=changes), Base(base, device)
 
 
 def refuse_leak(manifest: Manifest, split: Split) -> None:
@@ -217,7 +220,8 @@ def prepare(recipe: Recipe, cache: Path | None = None, base: Base | None = None)
 
 def prepare_one(recipe: Recipe, item: Series, split: Split, base: Base) -> Prepared:
     """The recipe for one symbol alone; ValueError where that has too few candles."""
-    return replace(_prepared(recipe, [item], split, {"test": recipe.evaluate.stride}, base), symbol=item.symbol)
+    alone = _prepared(recipe, [item], split, {"test": recipe.evaluate.stride}, base)
+    return replace(alone, symbol=item.symbol, device=base.device)
 
 
 def _prepared(
@@ -296,6 +300,7 @@ def _fit_toto(prepared: Prepared, run: RunPhase) -> Trained:
         open_up(network, "toto", recipe.tune)
     else:
         start_at_random_walk(network)
+    network.to(prepared.device)
     length = recipe.context + network.config.patch_size
     objective = NextPatch(
         network=network,
@@ -325,6 +330,7 @@ def _fit_kronos(prepared: Prepared, run: RunPhase) -> Trained:
     else:
         for blocks in (tokenizer.encoder, tokenizer.decoder):
             damp_residuals(blocks, 0.1)
+    tokenizer.to(prepared.device)
     made_up: Any = {"mirrored": recipe.objective.mirrored, "simulated": recipe.objective.simulated}
     runs = {}
     if "tokenizer" in recipe.phases:
@@ -336,6 +342,7 @@ def _fit_kronos(prepared: Prepared, run: RunPhase) -> Trained:
         open_up(predictor, "kronos", recipe.tune)
     else:
         start_with_bits(predictor)
+    predictor.to(prepared.device)
     next_token = NextToken(predictor, tokenizer, sampler, recipe.context, rng, **made_up)
     runs["predictor"] = run("predictor", next_token, lambda: merged(both))
     return Trained(merged(both), runs, adapter_of(both))
@@ -374,7 +381,7 @@ def _judge(prepared: Prepared, published: Callable[[], Weights]) -> Judgement:
     recipe = prepared.recipe
     assert recipe.select is not None
     assert prepared.choosing is not None
-    forecaster = build_forecaster(recipe.family, recipe.network, published())
+    forecaster = build_forecaster(recipe.family, recipe.network, published(), prepared.device)
     scores = _evaluate(forecaster, prepared, prepared.choosing, recipe.select.samples)
     relative = np.abs(scores.errors).mean() / np.abs(scores.naive_errors).mean()
     return Judgement(crps=float(scores.crps.mean()), skill_vs_naive=float(1 - relative))
@@ -403,7 +410,7 @@ def _evaluate(
 def judge_and_publish(prepared: Prepared, trained: Trained, store: ModelStore, track: Track) -> Manifest:
     """Store weights, config, evaluations and the drift baseline as one version."""
     recipe, base = prepared.recipe, prepared.base
-    forecaster = build_forecaster(recipe.family, recipe.network, trained.weights)
+    forecaster = build_forecaster(recipe.family, recipe.network, trained.weights, prepared.device)
     scores = {part: score(forecaster, prepared, part, track, recipe.name) for part in prepared.origins}
     beside = {part: score(base.forecaster, prepared, part, track, "base") for part in scores} if base else {}
     limits = forecaster.limits

@@ -196,6 +196,22 @@ def test_errors_of_a_variate_count_by_its_weight(samples, split):
     assert float(blind.loss((candles,))["mse_all"]) == pytest.approx(float(errors[:4].mean()), rel=1e-5)
 
 
+def test_losses_stay_on_the_device_of_the_network(samples, split, toto):
+    """On the meta device every tensor that is made elsewhere fails, as it would on a GPU."""
+    tokenizer = KronosTokenizer(TokenizerConfig.from_published(TOKENIZER))
+    predictor = KronosPredictor(PredictorConfig.from_published(PREDICTOR))
+    sampler, rng = WindowSampler(samples, split, 144), np.random.default_rng(0)
+    for objective in (
+        NextPatch(toto.to("meta"), {1: sampler}, LogScales(*LOG), 128, rng),
+        TokenizerReconstruction(tokenizer.to("meta"), sampler, 64, rng),
+        NextToken(predictor.to("meta"), tokenizer, sampler, 64, rng, mirrored=True),
+    ):
+        parts = objective.loss(tuple(tensor.to("meta") for tensor in objective.draw(4)))
+        total = torch.stack(list(parts.values())).sum()
+        total.backward()
+        assert total.is_meta
+
+
 def test_targets_inside_the_lookback_count_little(samples, split):
     torch.manual_seed(0)
     tokenizer = KronosTokenizer(TokenizerConfig.from_published(TOKENIZER))

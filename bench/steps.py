@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Final, cast
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from bench.published import kronos_weights, toto_weights
 from bench.references import build_kronos, build_toto
+from bench.soak import resident_bytes
 from models.kronos.network import KronosPredictor, PredictorConfig
 from models.kronos.tokenizer import KronosTokenizer, TokenizerConfig
 from models.toto.network import TotoConfig, TotoNetwork
@@ -190,19 +190,13 @@ SIDES: Final[Mapping[str, Mapping[str, Callable[..., Side]]]] = {
 
 def peak_bytes(family: str, whose: str, config: Mapping[str, Any], device: str, how: Mapping[str, Any]) -> int:
     """What this process, which has done nothing else, needs on top of what its imports did."""
-    before = _peak_resident()
+    before = resident_bytes("self", "VmHWM")
     side = SIDES[family][whose](config, device, **how)
     for _ in range(_STEPS):
         side.step()
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return _peak_resident() - before
-
-
-def _peak_resident() -> int:
-    """Of this process: what getrusage says includes what its parent had when it started it."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
+    return resident_bytes("self", "VmHWM") - before
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ from training.candle_files import digest
 from training.recipe import Recipe, SelectTable, read_recipe
 from training.train import drift_baselines, prepare, score, train
 
-# Reached with room for another machine's rounding, which sampling and 1000 steps make larger: ratio, least skill, band.
-REACHED = {"toto": (1.01, -0.005, (0.79, 0.89)), "kronos": (1.03, -0.04, (0.76, 0.87))}
+# Reached with room for another machine's rounding, after which a kronos-demo is another one, as with another seed: its
+# ratio was 1.00 to 1.03, its skill -0.01 to -0.04. Ratio, least skill, band.
+REACHED = {"toto": (1.02, -0.005, (0.78, 0.90)), "kronos": (1.06, -0.07, (0.74, 0.88))}
 RECIPES = sorted((Path(__file__).parents[2] / "training" / "recipes").glob("*.toml"))
 
 

@@ -360,7 +360,9 @@ def check_data(folder: Path, summary: Path, as_json: bool, **options: Any) -> No
 @click.option("--data", "folder", type=CandleFolder, help="For --base: CSV or Parquet files.")
 @click.option("--name", help="For --base: of the new model; default: the base's with -tuned.")
 @click.option("--interval", help="For --base: where the folder has several.")
-@click.option("--unseen", default="", help="For --base: comma-separated symbols to be held out of training.")
+@click.option(
+    "--unseen", default="", callback=_listed, help="For --base: comma-separated symbols to be held out of training."
+)
 @click.option("--print-recipe", is_flag=True, help="For --base: print the recipe and end.")
 @click.option("--if-missing", is_flag=True, help="Skip recipes whose model the store has in production.")
 @click.option("--train-root", type=CandleFolder, help="Train on this folder instead of what the recipe splits.")
@@ -381,7 +383,7 @@ def train(
     folder: Path | None,
     name: str | None,
     interval: str | None,
-    unseen: str,
+    unseen: list[str],
     print_recipe: bool,
     if_missing: bool,
     train_root: Path | None,
@@ -415,9 +417,8 @@ def train(
         raise click.UsageError("give a RECIPE, or --base and --data")
     leads = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
     if base and folder:
-        held_out = [symbol for symbol in unseen.split(",") if symbol]
         text = write_recipe(
-            preset, store, base, folder, name=name, interval=interval, unseen=held_out, cache=home / "cache"
+            preset, store, base, folder, name=name, interval=interval, unseen=unseen, cache=home / "cache"
         )
         if leads:
             click.echo(text, err=not print_recipe)
@@ -880,9 +881,7 @@ def promote(
 
     for line in _worth_of_shadow(url, reference.partition("@")[0]) if url else ():
         _complain(line)
-    root = ModelStore(store_root)
-    manifest = root.promote(reference, symbol=symbol, force=force, reason=reason)
-    gate = root.log(manifest.model)[-1].get("gate", [])
+    manifest, gate = ModelStore(store_root).promote(reference, symbol=symbol, force=force, reason=reason)
     _print_version(manifest, as_json, [*gate, f"now serves {f'{symbol} ' if symbol else ''}as {manifest.model}"])
 
 
@@ -1082,7 +1081,7 @@ def shadow(
 )
 @StoreRoot
 @JsonFlag
-def sign(reference: str, key: Path, store_root: Path, as_json: bool) -> None:
+def sign(reference: str, key: Path, store_root: str, as_json: bool) -> None:
     """Verify NAME, NAME@VERSION or NAME@ALIAS and sign it, for readers that trust the key's public half alone.
 
     \b

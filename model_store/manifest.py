@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
@@ -10,6 +11,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 SCHEMA_VERSION: Final = 1
+VERSION: Final = re.compile(r"[0-9a-f]{12}")  # of a digest
 MANIFEST, CONFIG, WEIGHTS, RUNTIMES = "manifest.json", "config.json", "weights.safetensors", "runtimes"
 SCORES = "scores.safetensors"  # of the windows that it was evaluated on, for comparing versions window by window
 ADAPTER = "adapter.safetensors"  # of low rank, as it was trained; the weights have it added in

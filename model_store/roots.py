@@ -7,7 +7,6 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import re
 import secrets
 import shutil
 import time
@@ -24,11 +23,10 @@ from model_store.files import (
     write_directory,
     write_synced,
 )
-from model_store.manifest import MANIFEST, FileEntry
+from model_store.manifest import MANIFEST, VERSION, FileEntry
 
 _MAX_OBJECT_BYTES: Final = 16 * 2**20
 _CHUNK: Final = 32 * 2**20
-_VERSION: Final = re.compile(r"[0-9a-f]{12}")
 
 
 class Root(Protocol):
@@ -153,7 +151,7 @@ class LocalRoot:
         return [
             name
             for name in self.names(model)
-            if _VERSION.fullmatch(name) and (self.folder / model / name / MANIFEST).is_file()
+            if VERSION.fullmatch(name) and (self.folder / model / name / MANIFEST).is_file()
         ]
 
     def manifest(self, version: str) -> bytes | None:
@@ -239,7 +237,7 @@ class RemoteRoot:
         return contextlib.nullcontext()
 
     def versions(self, model: str) -> list[str]:
-        found = [name for name in self.names(model) if _VERSION.fullmatch(name)]
+        found = [name for name in self.names(model) if VERSION.fullmatch(name)]
         new = [f"{model}/{name}" for name in found if f"{model}/{name}" not in self._manifests]
         self._manifests |= self._read_these({version: f"{version}/{MANIFEST}" for version in new})
         return [name for name in found if f"{model}/{name}" in self._manifests]

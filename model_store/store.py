@@ -34,6 +34,7 @@ from model_store.manifest import (
     MANIFEST,
     RUNTIMES,
     SCORES,
+    VERSION,
     WEIGHTS,
     Alias,
     Manifest,
@@ -45,14 +46,13 @@ from model_store.manifest import (
 from model_store.roots import root_of
 from model_store.signatures import check_signature, signature_of, trusted_key
 from model_store.tensors import read_tensors, tensors_of
+from models.candles import SYMBOL
 
 if TYPE_CHECKING:
     from models.forecaster import Forecaster
 
 CANDIDATE, PRODUCTION, PREVIOUS, SHADOW = "candidate", "production", "previous", "shadow"
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-_SYMBOL: Final = re.compile(r"[A-Z0-9^][A-Z0-9._^=-]{0,31}")
-_VERSION: Final = re.compile(r"[0-9a-f]{12}")
 _LEASE: Final = timedelta(minutes=10)  # services say every minute what they hold
 
 
@@ -133,7 +133,7 @@ class ModelStore:
         model, _, wanted = reference.partition("@")
         wanted = wanted or PRODUCTION
         _check_name(model)
-        version = wanted if _VERSION.fullmatch(wanted) else self._version_behind(model, wanted)
+        version = wanted if VERSION.fullmatch(wanted) else self._version_behind(model, wanted)
         if version is None or not self._has(model, version):
             known = ", ".join([*self.aliases(model), *self.versions(model)]) or "none"
             raise VersionNotFound(f"the store has no {model}@{wanted}; it has: {known}")
@@ -162,14 +162,15 @@ class ModelStore:
 
     def files(self, reference: str) -> tuple[Manifest, dict[str, bytes]]:
         """The manifest, and the bytes of every file of the version, verified and with the manifest's own."""
-        manifest = self.manifest(reference)
-        data = self._at.manifest(f"{manifest.model}/{manifest.version}")
+        model, version = self.resolve(reference)
+        data = self._manifest_data(model, version)
+        manifest = parse_manifest(data, model, version)
         with self._folder(manifest) as home:
             contents = {
                 name: read_file(home / name, entry, f"{manifest.model}@{manifest.version}: {name}")
                 for name, entry in manifest.files.items()
             }
-        return manifest, {MANIFEST: data or b"", **contents}
+        return manifest, {MANIFEST: data, **contents}
 
     def load(self, reference: str) -> LoadedVersion:
         """The version's config and tensors; the bytes that were hashed are the bytes that are used."""
@@ -237,12 +238,13 @@ class ModelStore:
 
     def promote(
         self, reference: str, *, symbol: str | None = None, force: str | None = None, reason: str | None = None
-    ) -> Manifest:
+    ) -> tuple[Manifest, list[str]]:
         """Make a version its name's production version, or the one that serves `symbol` instead of it.
 
         The gate asks for every file as it was stored, runtimes that were compared with float32 and the forecast of the
         canary; and, where the version that serves now has an evaluation, for one on the same test set that is not
         worse. `force` is the reason for overriding the last. VerificationFailed or PromotionRefused say what is wrong.
+        Returns the version's manifest, and what the gate found.
         """
         if force is not None and not force.strip():
             raise PromotionRefused("an override needs a reason: --force REASON")
@@ -264,7 +266,7 @@ class ModelStore:
             self._point(model, alias, version)
             facts = {"symbol": symbol} if symbol else {}
             self._record(model, "promote", reason, version=version, previous=current, force=force, gate=notes, **facts)
-        return manifest
+        return manifest, notes
 
     def rollback(self, model: str, *, symbol: str | None = None, reason: str | None = None) -> Manifest:
         """Serve again what served before; done twice, it is undone.
@@ -493,11 +495,11 @@ def _signature_path(model: str, version: str) -> str:
 
 
 def _is_alias(name: str) -> bool:
-    return bool(_NAME.fullmatch(name) and not _VERSION.fullmatch(name)) or _is_symbol(name)
+    return bool(_NAME.fullmatch(name) and not VERSION.fullmatch(name)) or _is_symbol(name)
 
 
 def _is_symbol(name: str) -> bool:
-    return bool(_SYMBOL.fullmatch(name) and not _VERSION.fullmatch(name))
+    return bool(SYMBOL.fullmatch(name) and not VERSION.fullmatch(name))
 
 
 def _parse_alias(model: str, alias: str, data: bytes) -> Alias:

@@ -1,10 +1,9 @@
 """The application: parts made from settings, started and stopped by its lifespan."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from fastapi import FastAPI, Request, Response
@@ -12,8 +11,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from starlette.responses import PlainTextResponse
 
-from model_store.store import ModelStore
-from models.forecaster import Forecaster
+from model_store.store import LoadedVersion, ModelStore
 from service.api import errors
 from service.api.refreshing import Refresher
 from service.api.routes import accuracy, candles, elsewhere, forecast, health, latest, models, promotion
@@ -41,7 +39,7 @@ from service.settings import Settings
 from service.state import State
 
 
-def create_app(settings: Settings, *, build: Build | None = None, now: Clock = wall_clock) -> FastAPI:
+def create_app(settings: Settings, *, build: Build = LoadedVersion.build, now: Clock = wall_clock) -> FastAPI:
     """The API for callers; its parts are `app.state.services`. `build` makes a version's forecaster."""
     services = build_services(settings, build=build, now=now)
     app = FastAPI(
@@ -82,7 +80,7 @@ def create_admin_app(services: Services) -> FastAPI:
     return app
 
 
-def build_services(settings: Settings, *, build: Build | None = None, now: Clock = wall_clock) -> Services:
+def build_services(settings: Settings, *, build: Build = LoadedVersion.build, now: Clock = wall_clock) -> Services:
     """The parts, of which nothing runs yet."""
     metrics = Metrics(CollectorRegistry(), role=settings.role, device=settings.device)
     state = State(settings.redis_url, settings.home, metrics)
@@ -92,7 +90,7 @@ def build_services(settings: Settings, *, build: Build | None = None, now: Clock
     engine = Engine(batcher, metrics, settings.watchdog_seconds)
     registry = Registry(
         store,
-        build or _build_forecaster,
+        build,
         {"toto": settings.toto, "kronos": settings.kronos},
         settings.device,
         selection,
@@ -154,11 +152,3 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await calendar
         await services.registry.stop()
         await services.state.stop()
-
-
-def _build_forecaster(
-    family: str, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor], device: str
-) -> Forecaster:
-    from models.families import build_forecaster  # both networks, which only a first load needs
-
-    return build_forecaster(family, config, weights, device)

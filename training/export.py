@@ -13,7 +13,6 @@ from model_store.artefacts import find_artefacts, put_artefact
 from model_store.manifest import Artefact, Parity
 from model_store.store import ModelStore
 from models.candles import CLOSE, Floats
-from models.families import build_forecaster
 from models.forecaster import Forecaster, ForecastInput, forecast, served_sampling
 from models.probes import usual_size
 from models.runtimes.functions import Executable
@@ -101,7 +100,7 @@ def export(
     if kind.label in known and (not kind.native or known[kind.label].is_signed_by(key)):
         return known[kind.label]
     version = store.load(reference)
-    forecaster = build_forecaster(version.manifest.family, version.config, version.weights, device)
+    forecaster = version.build(device)
     if not isinstance(forecaster, Executable):
         raise ValueError(f"{reference} has no network to export")
     started = time.monotonic()

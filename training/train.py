@@ -78,8 +78,7 @@ class Base:
 
     @cached_property
     def forecaster(self) -> Forecaster:
-        version = self.version
-        return build_forecaster(version.manifest.family, version.config, version.weights, self.device)
+        return self.version.build(self.device)
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,17 @@ holds the version that it began with, so the old one goes when the last of its r
 
 import asyncio
 import logging
-import re
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 
 from prometheus_client import Metric
 from prometheus_client.core import GaugeMetricFamily
 
-from model_store.files import StoreError, VerificationFailed
-from model_store.manifest import Manifest
-from model_store.store import PRODUCTION, SHADOW, ModelStore
+from model_store.files import StoreError
+from model_store.manifest import VERSION, Manifest
+from model_store.store import PRODUCTION, SHADOW, LoadedVersion, ModelStore
 from models.candles import SYMBOL
 from models.forecaster import Forecaster, InvalidModelOutput
 from service.engine.failures import Failures, ModelUnavailable, NoRoom, Unfit
@@ -28,10 +27,9 @@ from service.metrics import Metrics, Snapshot
 
 _log = logging.getLogger(__name__)
 
-_VERSION: Final = re.compile(r"[0-9a-f]{12}")
 _LOOK_SECONDS: Final = 0.25
 
-Build = Callable[[str, Mapping[str, Any], Mapping[str, Any], str], Forecaster]
+Build = Callable[[LoadedVersion, str], Forecaster]  # of a stored version, on a device
 Key = tuple[str, str]  # name of a model, alias
 
 
@@ -141,7 +139,7 @@ class Registry:
         """
         name, wanted = self._in_full(reference)
         while (model := self.at_hand(reference, symbol)) is None:
-            if _VERSION.fullmatch(wanted):
+            if VERSION.fullmatch(wanted):
                 exact = "@".join(await asyncio.to_thread(self.store.resolve, f"{name}@{wanted}"))
                 return await self._loaded(exact, by_version=True)
             key = await self._key(name, wanted, symbol)
@@ -154,7 +152,7 @@ class Registry:
     def at_hand(self, reference: str, symbol: str = "") -> LoadedModel | None:
         """What `get` would answer without reading or loading anything; None where it would have to."""
         name, wanted = self._in_full(reference)
-        if _VERSION.fullmatch(wanted):
+        if VERSION.fullmatch(wanted):
             held = self._held.get(f"{name}@{wanted}")
             if held:
                 held.by_version = True
@@ -375,10 +373,7 @@ class Registry:
 
     def _read(self, exact: str) -> LoadedModel:
         found = self.store.load(exact)
-        try:
-            forecaster = self._build(found.manifest.family, found.config, found.weights, self._device)
-        except ValueError as error:
-            raise VerificationFailed(f"{exact}: {error}") from error
+        forecaster = self._build(found, self._device)
         return LoadedModel(found.manifest, forecaster, settled=not self._selection.is_open(found.manifest))
 
     async def _settle(self, exact: str, held: _Held) -> None:

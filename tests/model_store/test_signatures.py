@@ -63,7 +63,7 @@ def test_a_signed_version_is_used_and_an_unsigned_one_is_not(root: Path, version
             use(version)
     assert signed_by_command(root, version, private).startswith(version)
     assert trusting.load(version).weights["weight"].tolist() == [1.0, 1.0, 1.0]
-    assert ModelStore(root).load(version).manifest == trusting.promote(version)
+    assert ModelStore(root).load(version).manifest == trusting.promote(version)[0]
     assert trusting.log("demo")[1]["event"] == "sign"
 
 

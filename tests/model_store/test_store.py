@@ -277,7 +277,7 @@ def test_a_broken_version_does_not_hide_the_good_ones(store: ModelStore, home: P
     assert found is not None
     assert found.version == good
     assert store.find("demo", CONFIG, tensors(2)) is None
-    assert store.promote("demo").version == good
+    assert store.promote("demo")[0].version == good
     assert store.load("demo").manifest.version == good
 
 
@@ -433,9 +433,9 @@ def test_promoting_what_is_in_production_changes_nothing(store: ModelStore) -> N
 
 def test_a_bare_name_promotes_the_candidate_or_else_the_newest(store: ModelStore) -> None:
     versions = [put(store, number) for number in range(3)]
-    assert store.promote("demo").version == versions[2]
+    assert store.promote("demo")[0].version == versions[2]
     store.set_alias("demo", CANDIDATE, versions[1])
-    assert store.promote("demo").version == versions[1]
+    assert store.promote("demo")[0].version == versions[1]
 
 
 def test_a_symbol_has_a_version_of_its_own_that_is_promoted_by_itself(store: ModelStore) -> None:
@@ -695,7 +695,7 @@ def _put_in_process(root: str, number: int) -> str:
 
 
 def _promote_in_process(root: str, version: str) -> str:
-    return ModelStore(root).promote(f"demo@{version}").version
+    return ModelStore(root).promote(f"demo@{version}")[0].version
 
 
 def test_processes_that_store_the_same_version_at_once_all_succeed(

@@ -151,7 +151,7 @@ async def client(running: Running) -> AsyncIterator[httpx.AsyncClient]:
 
 @pytest.fixture
 def faulty_build(faulty: Faulty) -> Any:
-    return lambda family, config, weights, device: faulty
+    return lambda version, device: faulty
 
 
 Rows = Callable[..., list[list[float]]]

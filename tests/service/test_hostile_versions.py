@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from model_store.store import ModelStore
-from models.families import build_forecaster
+from model_store.store import LoadedVersion, ModelStore
 from tests.forged import forge, tensor_file
 
 pytestmark = pytest.mark.anyio
@@ -44,7 +43,7 @@ async def test_a_hostile_version_stops_nothing(
     put_tiny(store, "toto")
     evil = attack(store, *tiny["toto"])
     body = {"candles": rows(100), "interval": "1h", "cache": "bypass"}
-    async with running(build=build_forecaster, store_root=store.root) as (client, app):
+    async with running(build=LoadedVersion.build, store_root=store.root) as (client, app):
         before = await client.post("/forecast/BTC", json=body | {"model": "toto-demo"})
         assert before.status_code == 200, before.text
         refused = await client.post("/forecast/BTC", json=body | {"model": evil})

@@ -18,8 +18,7 @@ from prometheus_client import CollectorRegistry
 from bench.service import put_version
 from model_store.files import VersionNotFound
 from model_store.manifest import WEIGHTS
-from model_store.store import ModelStore
-from models.families import build_forecaster
+from model_store.store import LoadedVersion, ModelStore
 from models.naive import NaiveForecaster
 from service.app import create_admin_app
 from service.engine.following import CHANNEL
@@ -98,7 +97,7 @@ async def test_swaps_under_load_fail_no_request_and_mix_no_versions(
     seen: list[list[tuple[int, str, Any]]] = [[] for _ in range(CALLERS)]
     done = asyncio.Event()
 
-    async with running(build=build_forecaster, store_poll_seconds=NEVER) as (client, app), admin_of(app) as admin:
+    async with running(build=LoadedVersion.build, store_poll_seconds=NEVER) as (client, app), admin_of(app) as admin:
         assert await answered_by(client, rows) == versions[0]
         await app.state.services.registry.idle()
 
@@ -194,7 +193,7 @@ async def test_the_old_version_answers_until_the_new_one_is_loaded_and_finishes_
 
 async def test_the_memory_of_a_version_that_was_swapped_is_given_back(running: Any, rows: Any, put_toto: Any) -> None:
     put_toto(1)
-    async with running(build=build_forecaster, store_poll_seconds=NEVER) as (client, app):
+    async with running(build=LoadedVersion.build, store_poll_seconds=NEVER) as (client, app):
         registry = app.state.services.registry
         for _ in range(3):  # the third is answered by the short cut
             await answered_by(client, rows)
@@ -216,7 +215,7 @@ async def test_the_memory_of_a_version_that_was_swapped_is_given_back(running: A
 
 async def test_a_promotion_elsewhere_is_seen_at_the_next_look(running: Any, rows: Any, put_toto: Any) -> None:
     first = put_toto(1)
-    async with running(build=build_forecaster, store_poll_seconds=0.02) as (client, app):
+    async with running(build=LoadedVersion.build, store_poll_seconds=0.02) as (client, app):
         assert await answered_by(client, rows) == first
         moved = put_toto(2)
         await until(lambda: f"toto-demo@{moved}" in app.state.services.registry.serving().values())
@@ -278,7 +277,7 @@ async def test_a_bad_version_never_replaces_a_good_one(
     running: Any, rows: Any, store: ModelStore, put_toto: Any, reason: str
 ) -> None:
     good = put_toto(1)
-    async with running(build=build_forecaster, store_poll_seconds=NEVER) as (client, app):
+    async with running(build=LoadedVersion.build, store_poll_seconds=NEVER) as (client, app):
         assert await answered_by(client, rows) == good
         bad = put_toto(2, spoil=poison if reason == "rehearsal" else lambda weights: None)
         if reason == "verification":
@@ -306,7 +305,7 @@ async def test_a_version_that_fails_is_tried_again_less_and_less_often_and_at_on
     running: Any, rows: Any, store: ModelStore, put_toto: Any
 ) -> None:
     good = put_toto(1)
-    async with running(build=build_forecaster, store_poll_seconds=NEVER) as (client, app):
+    async with running(build=LoadedVersion.build, store_poll_seconds=NEVER) as (client, app):
         assert await answered_by(client, rows) == good
         bad = put_toto(2)
         path = corrupt(store, bad)
@@ -329,7 +328,7 @@ async def test_versions_that_no_alias_needs_make_room_and_what_does_not_fit_is_r
 ) -> None:
     older, first = put_toto(1), put_toto(2)
     size = sum(entry.bytes for entry in store.manifest("toto-demo").files.values())
-    async with running(build=build_forecaster, store_poll_seconds=NEVER, memory_budget_gb=2.5 * size / 1e9) as (
+    async with running(build=LoadedVersion.build, store_poll_seconds=NEVER, memory_budget_gb=2.5 * size / 1e9) as (
         client,
         app,
     ):
@@ -369,7 +368,7 @@ async def test_a_symbol_may_have_a_version_of_its_own(
     running: Any, rows: Any, store: ModelStore, put_toto: Any
 ) -> None:
     own, common = put_toto(1), put_toto(2)
-    async with running(build=build_forecaster, store_poll_seconds=NEVER) as (client, app):
+    async with running(build=LoadedVersion.build, store_poll_seconds=NEVER) as (client, app):
         for symbol in ("BTC", "ETH"):
             assert await answered_by(client, rows, symbol) == common
         store.promote(f"toto-demo@{own}", symbol="BTC", force="test")
@@ -380,7 +379,7 @@ async def test_a_symbol_may_have_a_version_of_its_own(
         assert await answered_by(client, rows, "ETH") == common
         assert await answered_by(client, rows, "BTC", model=f"toto-demo@{common}") == common
         assert await answered_by(client, rows, "BTC", model="toto@production") == common
-    async with running(build=build_forecaster) as (client, _):
+    async with running(build=LoadedVersion.build) as (client, _):
         assert await answered_by(client, rows, "BTC") == own, "the first request already"
 
 
@@ -388,7 +387,7 @@ async def test_an_alias_is_followed_and_an_alias_that_is_gone_is_unknown(
     running: Any, rows: Any, store: ModelStore, put_toto: Any
 ) -> None:
     first, second = put_toto(1), put_toto(2)
-    async with running(build=build_forecaster, store_poll_seconds=NEVER) as (client, app):
+    async with running(build=LoadedVersion.build, store_poll_seconds=NEVER) as (client, app):
         assert await answered_by(client, rows) == second
         store.set_alias("toto-demo", "candidate", first)
         assert await answered_by(client, rows, model="toto@candidate") == first

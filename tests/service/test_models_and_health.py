@@ -30,8 +30,8 @@ async def test_models_say_what_they_are_asked_for_as(client: Any, rows: Any) -> 
 async def test_requests_for_one_version_share_one_load(running: Any, rows: Any, faulty: Any) -> None:
     loads = []
 
-    def build(*arguments: Any) -> Any:
-        loads.append(arguments[0])
+    def build(version: Any, _: str) -> Any:
+        loads.append(version.manifest.family)
         return faulty
 
     async with running(build=build) as (client, _):
@@ -42,7 +42,7 @@ async def test_requests_for_one_version_share_one_load(running: Any, rows: Any, 
 
 
 async def test_a_version_that_does_not_load_is_503_and_tried_again(running: Any, rows: Any, faulty: Any) -> None:
-    failures = [RuntimeError("weights do not fit")]
+    failures = [ValueError("weights do not fit")]
 
     def build(*_: Any) -> Any:
         if failures:

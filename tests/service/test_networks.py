@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from model_store.store import ModelStore
+from model_store.store import LoadedVersion, ModelStore
 from models.candles import check_candles, with_amount
-from models.families import build_forecaster
 from models.kronos.network import KronosPredictor, PredictorConfig
 from models.kronos.tokenizer import KronosTokenizer, TokenizerConfig
 from models.toto.network import TotoConfig, TotoNetwork
@@ -75,7 +74,7 @@ async def client(tmp_path: Any, running: Any) -> AsyncIterator[httpx.AsyncClient
     }
     config = {"tokenizer": TOKENIZER, "predictor": PREDICTOR, "context": 128}
     put(store, "kronos", config, torch.nn.ModuleDict(parts))
-    async with running(build=build_forecaster, store_root=store.root) as (client, _):
+    async with running(build=LoadedVersion.build, store_root=store.root) as (client, _):
         yield client
 
 

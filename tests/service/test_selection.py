@@ -11,8 +11,7 @@ import torch
 
 from model_store.artefacts import machine_key, put_artefact
 from model_store.manifest import MANIFEST, RUNTIMES, Artefact, Manifest, Parity
-from model_store.store import ModelStore
-from models.families import build_forecaster
+from model_store.store import LoadedVersion, ModelStore
 from models.forecaster import Forecaster
 from models.naive import NaiveForecaster
 from models.runtimes.kinds import platform_name
@@ -263,7 +262,7 @@ async def test_eager_answers_uncached_while_the_choice_settles_then_the_chosen_o
         models = (await client.get("/models")).json()["models"]
         return next(model["runtime"] for model in models if model["version"] == manifest.version)
 
-    async with running(build=build_forecaster) as (client, app):
+    async with running(build=LoadedVersion.build) as (client, app):
         assert await shown(client) is None
         try:
             for _ in range(2):
@@ -299,7 +298,7 @@ async def test_a_damaged_artefact_manifest_leaves_the_version_to_eager(
     (folder,) = (store.root / manifest.model / manifest.version / RUNTIMES).iterdir()
     (folder / MANIFEST).write_text("{}")
     body = {"model": f"toto-demo@{manifest.version}", "candles": rows(80), "interval": "1h"}
-    async with running(build=build_forecaster) as (client, app):
+    async with running(build=LoadedVersion.build) as (client, app):
         for _ in range(2):
             answer = await client.post("/forecast/BTC", json=body)
             assert answer.status_code == 200, answer.text

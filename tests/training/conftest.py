@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from model_store.store import ModelStore
 from models.candles import DAY_MS, Floats, with_amount
 from training.candle_files import Series, load, read
 from training.sample_data import write_samples
@@ -25,6 +26,15 @@ def samples(sample_folder: Path) -> list[Series]:
 def eurusd(packaged_candles: Callable[[str], Path]) -> Series:
     """Hourly candles with weekend gaps."""
     return read(packaged_candles("EURUSD.csv"))[0]
+
+
+@pytest.fixture
+def store(tmp_path: Path, put_tiny: Callable[..., object]) -> ModelStore:
+    """With a tiny version of each family."""
+    store = ModelStore(tmp_path / "store")
+    for family in ("toto", "kronos"):
+        put_tiny(store, family)
+    return store
 
 
 def candles_of(closes: Floats) -> Floats:

@@ -10,7 +10,7 @@ import torch
 
 from model_store.artefacts import find_artefacts, machine_key
 from model_store.manifest import RUNTIMES, Artefact
-from model_store.store import ModelStore
+from model_store.store import LoadedVersion, ModelStore
 from models.runtimes.functions import functions_of
 from models.runtimes.kinds import KINDS, platform_name
 from models.runtimes.onnx import RuntimeUnavailable
@@ -68,7 +68,7 @@ def test_bfloat16_is_stored_with_numbers_within_their_budget(store: ModelStore, 
 
 def test_exporting_twice_returns_the_first(exported: Export, monkeypatch: pytest.MonkeyPatch) -> None:
     first = exported("toto-demo")
-    monkeypatch.setattr(exporting, "build_forecaster", None)  # nothing is built again
+    monkeypatch.setattr(LoadedVersion, "build", None)  # nothing is built again
     assert exported("toto-demo") == first
 
 

@@ -6,18 +6,9 @@ import pytest
 from click.testing import CliRunner
 
 from candlecast import main
-from model_store.store import ModelStore
 from training.presets import PRESETS, write_recipe
 from training.recipe import parse_recipe
 from training.train import prepare, train
-
-
-@pytest.fixture
-def store(tmp_path, put_tiny):
-    store = ModelStore(tmp_path / "store")
-    for family in ("toto", "kronos"):
-        put_tiny(store, family)
-    return store
 
 
 @pytest.mark.parametrize("family", ["toto", "kronos"])

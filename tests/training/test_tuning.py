@@ -8,7 +8,6 @@ from pydantic import ValidationError
 
 from bench.service import put_version
 from model_store.manifest import ADAPTER, SCORES, WEIGHTS
-from model_store.store import ModelStore
 from models.families import build_forecaster
 from models.forecaster import Sampling
 from models.kronos.network import KronosPredictor, PredictorConfig
@@ -22,14 +21,6 @@ from training.windows import rolling_origins
 
 BACKBONES = {"toto": "transformer.", "kronos": "predictor.transformer."}
 STRIDE = 400
-
-
-@pytest.fixture
-def store(tmp_path, put_tiny):
-    store = ModelStore(tmp_path / "store")
-    for family in ("toto", "kronos"):
-        put_tiny(store, family)
-    return store
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ async def promote(name: str, parts: Parts, body: PromoteRequest) -> Any:
 
     def through_the_gate() -> Manifest:
         try:
-            return parts.registry.store.promote(f"{name}@{body.version}", symbol=symbol, force=body.force)
+            return parts.registry.store.promote(f"{name}@{body.version}", symbol=symbol, force=body.force)[0]
         except VerificationFailed as error:
             raise PromotionRefused(str(error)) from error
         except OSError as error:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from model_store.manifest import Manifest
-from model_store.store import ModelStore
+from model_store.store import LoadedVersion, ModelStore
 from models.forecaster import Forecast, ForecastInput
 from models.scoring import log_returns
 from service.app import create_admin_app
@@ -42,8 +42,8 @@ class Drifting(WalkForecaster):
         return forecast
 
 
-def build(_: str, config: Any, *__: Any) -> Drifting:
-    return Drifting(config.get("drift", 0.0))
+def build(loaded: LoadedVersion, _: str) -> Drifting:
+    return Drifting(loaded.config.get("drift", 0.0))
 
 
 @pytest.fixture
@@ -146,8 +146,8 @@ async def test_only_requests_for_the_name_alone_are_shadowed_and_a_repeat_once(
 async def test_a_busy_service_drops_shadows_and_a_failing_one_is_counted(
     running: Any, store: ModelStore, put_drifting: Any, rows: Any, faulty: Any
 ) -> None:
-    def either(family: str, config: Any, *_: Any) -> Any:
-        return faulty if "drift" in config else build(family, config)
+    def either(loaded: LoadedVersion, device: str) -> Any:
+        return faulty if "drift" in loaded.config else build(loaded, device)
 
     async with running(build=either, store_poll_seconds=3600.0) as (client, app):
         asked = {"model": "naive", "interval": "1h", "horizon": 3, "candles": rows(16)}

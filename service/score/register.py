@@ -54,9 +54,8 @@ class Register:
 
     async def flush(self) -> None:
         """Wait until everything noted so far is written, or Redis does not answer."""
-        while self._writer and not self._writer.done() and self._waiting:
-            await asyncio.sleep(0)
-            await asyncio.wait({self._writer}, timeout=0.01)
+        while (writer := self._writer) and not writer.done() and self._waiting:
+            await asyncio.wait({writer}, timeout=0.01)
 
     async def stop(self) -> None:
         """Write what can be written in a few seconds, and nothing again that fails."""

@@ -43,6 +43,9 @@ format: .venv/.tested ## let ruff format and fix the sources
 dashboards: .venv/.installed ## write monitoring/grafana/dashboards from the tables in monitoring/dashboards.py
 	$(BIN)/python monitoring/dashboards.py
 
+reference: .venv/.installed ## docs/reference.md, after a change to a setting, a metric, a route or an error
+	$(BIN)/python -m service.reference > docs/reference.md
+
 rules: ## write monitoring/rules for the Prometheus operator, into k8s/
 	@{ echo "# make rules writes this from monitoring/rules."; \
 	for file in monitoring/rules/*.yml; do \
@@ -86,4 +89,4 @@ clean: ## delete the environment and every cache; candles, models and what the s
 	.venv-peers/bin/pip install --disable-pip-version-check --quiet --no-deps -r tests/reference.txt
 	touch $@
 
-.PHONY: help serve test test-long bench bench-peers lint format dashboards rules lock clean
+.PHONY: help serve test test-long bench bench-peers lint format dashboards reference rules lock clean

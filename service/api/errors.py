@@ -111,7 +111,7 @@ _POINTERS: Final[Mapping[type[Exception], str]] = {
     InvalidCandles: "/candles",
 }
 
-_NEXT_STEPS: Final[Mapping[str, str]] = {
+NEXT_STEPS: Final[Mapping[str, str]] = {
     "unknown_symbol": "Send candles in the body, or store some with PUT /candles/{symbol}; GET /symbols lists them.",
     "not_watched": "Add it to CANDLECAST_WATCH, such as AAPL:kronos:30, and restart; or POST /forecast/{symbol}.",
     "forecasts_elsewhere": "Ask a process whose CANDLECAST_ROLE is api or all.",
@@ -154,7 +154,7 @@ def problem(
         "code": code,
         "detail": detail,
         "errors": list(errors),
-        "next_steps": [_NEXT_STEPS[code]] if code in _NEXT_STEPS else [],
+        "next_steps": [NEXT_STEPS[code]] if code in NEXT_STEPS else [],
         **(facts or {}),
     }
     return Response(json.dumps(body).encode(), status, headers, PROBLEM_JSON)

@@ -1,25 +1,36 @@
-"""The README's commands are real: each names a make target or a verb that exists."""
+"""What the README and docs/ say is so: commands, links, settings, metrics."""
 
+import json
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 
+from service.reference import reference
+from service.settings import Settings
+
 ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 BLOCK = re.compile(r"^```(?:sh|bash|console)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+READ_BY_THE_COMMANDS = {"CANDLECAST_URL"}  # the service reads all others
 SETTINGS = re.compile(r"^(?:[A-Z_]+=\S+\s+)+")
 
 
+def shell_lines(page: Path) -> list[str]:
+    """Every command in the shell blocks of a page, continuation lines joined."""
+    text = "\n".join(BLOCK.findall(page.read_text())).replace("\\\n", " ")
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
 def commands() -> list[list[str]]:
-    """The words of every command in the README's shell blocks, continuation lines joined."""
-    text = "\n".join(BLOCK.findall((ROOT / "README.md").read_text())).replace("\\\n", " ")
-    lines = [line.strip().removeprefix("$ ") for line in text.splitlines()]
-    lines = [SETTINGS.sub("", line) for line in lines]
-    return [shlex.split(line, comments=True) for line in lines if line and not line.startswith("#")]
+    """The words of every command, without the settings before it."""
+    return [shlex.split(SETTINGS.sub("", line), comments=True) for page in PAGES for line in shell_lines(page)]
 
 
 def targets() -> set[str]:
@@ -37,19 +48,19 @@ def test_the_first_screen_shows_make_serve_and_make_test() -> None:
     assert "make test" in first_screen
 
 
-def test_every_make_target_in_the_readme_exists() -> None:
+def test_every_make_target_in_the_docs_exists() -> None:
     named = {word for words in commands() if words[0] == "make" for word in words[1:] if "=" not in word}
     assert named
     assert named - targets() == set()
 
 
-def test_every_verb_in_the_readme_exists() -> None:
+def test_every_verb_in_the_docs_exists() -> None:
     help_text = candlecast("--help").stdout
     verbs = {words[1] for words in commands() if words[0].rpartition("/")[2] == "candlecast" and len(words) > 1}
     assert {verb for verb in verbs if not re.search(rf"^\s+{re.escape(verb)}\b", help_text, re.MULTILINE)} == set()
 
 
-def test_every_option_in_the_readme_is_one_its_verb_takes() -> None:
+def test_every_option_in_the_docs_is_one_its_verb_takes() -> None:
     for words in commands():
         if words[0].rpartition("/")[2] != "candlecast":
             continue
@@ -75,3 +86,29 @@ def test_every_folder_and_service_that_docker_and_kubectl_are_given_exists() -> 
 @pytest.mark.parametrize("name", ["README.md", "LICENSE", "NOTICE", "CHANGELOG.md"])
 def test_the_documents_are_there_and_not_empty(name: str) -> None:
     assert (ROOT / name).stat().st_size > 0
+
+
+def test_every_link_between_the_documents_leads_somewhere() -> None:
+    for page in (*PAGES, *ROOT.glob("*/README.md")):
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_readme_fits_on_a_few_screens() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) < 200
+
+
+def test_the_reference_is_the_code_s_own() -> None:
+    assert (DOCS / "reference.md").read_text() == reference(), "make reference"
+
+
+def test_every_setting_that_the_docs_name_exists() -> None:
+    known = {f"CANDLECAST_{name.upper()}" for name in Settings.model_fields} | READ_BY_THE_COMMANDS
+    for page in PAGES:
+        assert set(re.findall(r"CANDLECAST_[A-Z_]+", page.read_text())) <= known, page.name
+
+
+def test_every_json_and_toml_block_can_be_read() -> None:
+    for page in PAGES:
+        for kind, text in re.findall(r"^```(json|toml)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+            json.loads(text) if kind == "json" else tomllib.loads(text)

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,14 @@ from model_store.manifest import Manifest
 from model_store.store import ModelStore
 from models.families import build_forecaster
 from models.forecaster import Forecaster
+
+
+def short_recipe(name: str) -> str:
+    """The recipe of a demo model, cut down to a few steps and windows."""
+    text = (Path(__file__).parents[1] / "training" / "recipes" / f"{name}.toml").read_text()
+    text = re.sub(r"^steps = \d+", "steps = 3", text, flags=re.MULTILINE)
+    text = re.sub(r"^(unseen_)?stride = (?:16|4)$", r"\1stride = 400", text, flags=re.MULTILINE)
+    return text.replace("samples = 64", "samples = 8")
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import short_recipe
+
 ROOT = Path(__file__).parents[1]
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -51,11 +53,7 @@ def trained(place: Path, candlecast: Candlecast) -> dict[str, dict[str, Any]]:
     assert candlecast("sample-data", "--json").returncode == 0
     names = ("toto-demo", "kronos-demo")
     for name in names:
-        text = (ROOT / "training" / "recipes" / f"{name}.toml").read_text()
-        text = re.sub(r"^steps = \d+", "steps = 3", text, flags=re.MULTILINE)
-        text = re.sub(r"^(unseen_)?stride = (?:16|4)$", r"\1stride = 400", text, flags=re.MULTILINE)
-        text = text.replace("samples = 64", "samples = 8")
-        (place / f"{name}.toml").write_text(text)
+        (place / f"{name}.toml").write_text(short_recipe(name))
     done = candlecast("train", *(f"{name}.toml" for name in names), "--json")
     assert done.returncode == 0, done.stderr
     return {name: json.loads(line) for name, line in zip(names, done.stdout.splitlines(), strict=True)}

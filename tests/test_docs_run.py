@@ -1,0 +1,92 @@
+"""The commands of the README and docs/, run as they are printed beside a service of their own."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import short_recipe
+from tests.test_docs import PAGES, ROOT, shell_lines
+
+pytestmark = pytest.mark.long
+
+NOT_RUN = {
+    r"^(\w+=\S+ )*docker |^kubectl |buildah": "wants Docker or a cluster: tests/deploy tries what they are given",
+    r"^make ": "installs, or runs for minutes: `make` itself is how this came to run",
+    r"^pip install": "everything is installed",
+    r"hf://|^hf |Kronos-small|runs/best_model|Open-Base": "wants the hub's files: tests/model_store has a hub",
+    r" feed ": "wants an exchange: tests/feeds has one",
+    r"candlecast serve": "runs already",
+    r"^tail ": "never ends",
+    r"0123456789ab": "a version that somebody else has",
+    r"--preset full": "trains for minutes",
+}
+ENDLESS = 124  # what `timeout` answers for what would go on: streams
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("reader")
+
+
+@pytest.fixture(scope="module")
+def environment(place: Path) -> dict[str, str]:
+    own = {name: value for name, value in os.environ.items() if not name.startswith("CANDLECAST_")}
+    (place / "candlecast").write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT / "candlecast.py"} "$@"\n')
+    (place / "candlecast").chmod(0o755)
+    return own | {
+        "PATH": f"{place}:{os.environ['PATH']}",
+        "CANDLECAST_STORE_ROOT": str(place / "store"),
+        "CANDLECAST_HOME": str(place / "home"),
+        "CANDLECAST_PORT": "0",
+        "CANDLECAST_ADMIN_PORT": "0",
+        "CANDLECAST_WATCH": "AAPL:kronos:30",
+    }
+
+
+@pytest.fixture(scope="module")
+def ports(place: Path, environment: dict[str, str]) -> Iterator[dict[str, str]]:
+    """The two ports of the documents, and those of a service with the sample candles and quickly trained demos."""
+    (place / "training").symlink_to(ROOT / "training")
+    for name in ("toto-demo", "kronos-demo"):
+        (place / f"{name}.toml").write_text(short_recipe(name))
+    prepared = "candlecast sample-data data/samples && candlecast train toto-demo.toml kronos-demo.toml"
+    subprocess.run(["bash", "-c", prepared], env=environment, cwd=place, check=True, capture_output=True)
+    serve = ["candlecast", "serve", "--load", "data/samples"]
+    with subprocess.Popen(serve, env=environment, cwd=place, stdout=subprocess.PIPE, text=True) as service:
+        assert service.stdout
+        said = ""
+        while "/metrics" not in said:
+            said = service.stdout.readline()
+            assert said, "the service ended before it was ready"
+        found = re.findall(r"127\.0\.0\.1:(\d+)", said)
+        yield {"8000": found[0], "8001": found[-1]}
+        service.terminate()
+
+
+def run_or_not() -> list[str]:
+    return list(dict.fromkeys(line for page in PAGES for line in shell_lines(page)))
+
+
+def test_every_reason_not_to_run_a_command_fits_one() -> None:
+    for pattern in NOT_RUN:
+        assert any(re.search(pattern, line) for line in run_or_not()), pattern
+
+
+def test_every_command_does_what_it_says(place: Path, environment: dict[str, str], ports: dict[str, str]) -> None:
+    own = environment | {"CANDLECAST_URL": f"http://127.0.0.1:{ports['8000']}"}
+    failed = []
+    for line in run_or_not():
+        if any(re.search(pattern, line) for pattern in NOT_RUN):
+            continue
+        line = re.sub(r"127\.0\.0\.1:(800[01])", lambda found: f"127.0.0.1:{ports[found[1]]}", line)
+        if line.startswith("curl"):
+            line = line.replace("curl -s", "timeout 10 curl -fs", 1)
+        done = subprocess.run(["bash", "-c", line], env=own, cwd=place, capture_output=True, text=True, timeout=900)
+        if done.returncode not in (0, ENDLESS):
+            failed.append(f"{line}\n{done.stdout[-300:]}{done.stderr[-600:]}")
+    assert not failed, "\n\n".join(failed)

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ import click
 if TYPE_CHECKING:
     from model_store.manifest import Manifest, Parity
     from model_store.store import ModelStore
+    from service.keys import ApiKey, KeyFile
+    from service.listening import Listening
     from training.recipe import Recipe
 
 
@@ -47,6 +50,7 @@ ServiceUrl = click.option(
     show_default=True,
     help="The running service.",
 )
+Key = click.option("--key", envvar="CANDLECAST_KEY", help="Its key; a variable keeps it out of the list of processes.")
 Device = click.option("--device", envvar="CANDLECAST_DEVICE", default="cpu", show_default=True, help="Torch device.")
 HomeFolder = click.option(
     "--home",
@@ -102,25 +106,27 @@ def serve(folder: Path | None, as_json: bool) -> None:
     from service.settings import Settings
 
     def announce(listening: Listening) -> None:
-        loaded = _load_history(folder, listening.url) if folder else []
+        loaded = _load_history(folder, listening.url, listening.key) if folder else []
         if as_json:
             click.echo(json.dumps({"url": listening.url, "admin_url": listening.admin_url, "loaded": loaded}))
         else:
-            click.echo(_welcome(listening.url, listening.admin_url, loaded))
+            click.echo(_welcome(listening, loaded))
 
     serve(Settings(), lambda listening: threading.Thread(target=announce, args=(listening,), daemon=True).start())
 
 
-def _welcome(url: str, admin_url: str, loaded: list[str]) -> str:
-    lines = [f"Candlecast listens on {url} (docs at {url}/docs), metrics on {admin_url}/metrics"]
+def _welcome(listening: "Listening", loaded: list[str]) -> str:
+    url, docs = listening.url, f" (docs at {listening.url}/docs)" if listening.docs else ""
+    lines = [f"Candlecast listens on {url}{docs}, metrics on {listening.admin_url}/metrics"]
     if loaded:
         request = f"curl -s -X POST {url}/forecast/{loaded[0]} -H 'Content-Type: application/json'"
+        request += ' -H "Authorization: Bearer $CANDLECAST_KEY"' if listening.key else ""
         lines += ["Try it:", f"""  {request} -d '{{"model": "kronos", "horizon": 30}}'"""]
         lines += [f"""  {request} -d '{{"model": "toto", "horizon": 64}}'"""]
     return "\n".join(lines)
 
 
-def _load_history(folder: Path, url: str) -> list[str]:
+def _load_history(folder: Path, url: str, key: str | None) -> list[str]:
     """PUT every series of `folder` through the API, as any feed would; the symbols that went in."""
     from contextlib import closing
 
@@ -129,7 +135,7 @@ def _load_history(folder: Path, url: str) -> list[str]:
 
     loaded = []
     try:
-        with closing(Service(url)) as service:
+        with closing(Service(url, key=key)) as service:
             for item, _ in read_folder(folder):
                 try:
                     service.put(item.symbol, item.timestamps, item.candles, item.interval)
@@ -176,8 +182,11 @@ def health(host: str, port: int, as_json: bool) -> None:
 @click.option("--interval", help="Such as 1h, of rows that name none; default: the step between the candles.")
 @click.option("--skip-bad", is_flag=True, help="Leave out lines that are no candles; by default the first one ends it.")
 @ServiceUrl
+@Key
 @JsonFlag
-def ingest(file: Path, symbol: str | None, interval: str | None, skip_bad: bool, url: str, as_json: bool) -> None:
+def ingest(
+    file: Path, symbol: str | None, interval: str | None, skip_bad: bool, url: str, key: str | None, as_json: bool
+) -> None:
     """Put the candles of FILE into a running service; - is standard input, sent on as it arrives.
 
     FILE is a CSV with a header, or JSON lines: objects with the same names, or rows as ccxt and Binance write them.
@@ -193,7 +202,7 @@ def ingest(file: Path, symbol: str | None, interval: str | None, skip_bad: bool,
 
     piped = str(file) == "-"
     reader = Reader("standard input" if piped else str(file), symbol or (None if piped else file.stem), interval)
-    with closing(Service(url, say=_complain)) as service:
+    with closing(Service(url, key=key, say=_complain)) as service:
         ingest = Ingest(reader, service, skip_bad=skip_bad)
         try:
             ingest_all(ingest, None if piped else file)
@@ -222,9 +231,17 @@ def ingest(file: Path, symbol: str | None, interval: str | None, skip_bad: bool,
 )
 @click.option("--once", is_flag=True, help="End once everything that has closed is stored.")
 @ServiceUrl
+@Key
 @JsonFlag
 def feed(
-    exchange: str, symbols: tuple[str, ...], interval: str, history: int, once: bool, url: str, as_json: bool
+    exchange: str,
+    symbols: tuple[str, ...],
+    interval: str,
+    history: int,
+    once: bool,
+    url: str,
+    key: str | None,
+    as_json: bool,
 ) -> None:
     """Follow SYMBOLs on an EXCHANGE that ccxt knows: put every candle into a running service when it has closed.
 
@@ -242,7 +259,10 @@ def feed(
         click.echo(batch.as_json() if as_json else f"{batch}")
 
     signals, patience = Signals(), PATIENCE if once else FOREVER
-    with signals.watched(), closing(Service(url, patience=patience, say=_complain, sleep=signals.sleep)) as service:
+    with (
+        signals.watched(),
+        closing(Service(url, key=key, patience=patience, say=_complain, sleep=signals.sleep)) as service,
+    ):
         Feed(
             connect(exchange),
             service,
@@ -270,8 +290,11 @@ def forecasts() -> None:
 @click.option("--as-of", help="Only what had been issued by this instant, such as 2026-03-02T14:00Z; default: now.")
 @click.option("--symbols", default="", callback=_listed, help="Comma-separated; default: all.")
 @ServiceUrl
+@Key
 @JsonFlag
-def export_forecasts(path: Path, as_of: str | None, symbols: list[str], url: str, as_json: bool) -> None:
+def export_forecasts(
+    path: Path, as_of: str | None, symbols: list[str], url: str, key: str | None, as_json: bool
+) -> None:
     """Write one row for every step of the forecasts whose candles came within a week, or have not come yet.
 
     \b
@@ -286,7 +309,7 @@ def export_forecasts(path: Path, as_of: str | None, symbols: list[str], url: str
     instant = datetime.fromisoformat(as_of) if as_of else None
     if instant and instant.tzinfo is None:
         instant = instant.replace(tzinfo=UTC)
-    with closing(Service(url, say=_complain)) as service:
+    with closing(Service(url, key=key, say=_complain)) as service:
         table = served_forecasts(service, symbols, instant)
     write_parquet(table, path)
     names = sorted(set(table["symbol"]))
@@ -691,6 +714,123 @@ def export(
         click.echo(f"  {line}")
 
 
+def _key_file(_: click.Context, __: click.Parameter, path: Path | None) -> "KeyFile":
+    from service.keys import KEYS_FILE, KeyFile
+
+    return KeyFile(path or Path(os.environ.get("CANDLECAST_HOME", "var")) / KEYS_FILE)
+
+
+def _duration(_: click.Context, __: click.Parameter, text: str | None) -> timedelta | None:
+    from models.candles import interval_ms
+
+    return None if text is None else timedelta(milliseconds=interval_ms(text))
+
+
+KeysFile = click.option(
+    "--file",
+    "keys_file",
+    envvar="CANDLECAST_KEYS_FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    callback=_key_file,
+    help="Where the keys' hashes are kept; default: keys.json in CANDLECAST_HOME.",
+)
+
+
+@main.group()
+def keys() -> None:
+    """Keys that callers show, told once and kept as hashes; a running service knows of every change in a second."""
+
+
+@keys.command("make")
+@click.argument("name")
+@click.option(
+    "--scope",
+    "scopes",
+    multiple=True,
+    type=click.Choice(["forecast", "ingest", "admin"]),
+    default=["forecast"],
+    show_default=True,
+    help="May be given several times: forecast asks and reads, ingest stores candles, admin promotes models.",
+)
+@click.option("--symbol", "symbols", multiple=True, help="Only for such symbols, as BTC-*; may be given several times.")
+@click.option("--quota", help="Candles that it may ask for, as 100000/minute; of all keys of this NAME together.")
+@click.option("--expires", "lasts", callback=_duration, help="Counts for so long, as 90d; default: until revoked.")
+@click.option("--env", default="live", show_default=True, help="A word within the key, such as live or test.")
+@KeysFile
+@JsonFlag
+def make_key(keys_file: "KeyFile", quota: str | None, lasts: timedelta | None, as_json: bool, **options: Any) -> None:
+    """Make a key for the client NAME and show it, this once.
+
+    \b
+    Example: candlecast keys make trader --scope forecast --scope ingest --symbol "BTC-*" --quota 100000/minute
+    """
+    from service.keys import grant, parse_quota
+
+    _show_key(*keys_file.make(grant(**options, quota=parse_quota(quota) if quota else None), lasts), as_json)
+
+
+@keys.command("list")
+@KeysFile
+@JsonFlag
+def list_keys(keys_file: "KeyFile", as_json: bool) -> None:
+    """Show every key that was made, by its public name, and what it may do; never the keys themselves."""
+    found = [_key_facts(key) for key in keys_file.all()]
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    for facts in found:
+        click.echo("  ".join(f"{name}={value}" for name, value in facts.items() if value))
+
+
+@keys.command()
+@click.argument("kid")
+@KeysFile
+@JsonFlag
+def revoke(kid: str, keys_file: "KeyFile", as_json: bool) -> None:
+    """End the key of the public name KID."""
+    facts = _key_facts(keys_file.revoke(kid))
+    click.echo(json.dumps(facts) if as_json else f"{kid} of {facts['name']} counts no more")
+
+
+@keys.command()
+@click.argument("kid")
+@click.option("--overlap", default="7d", show_default=True, callback=_duration, help="How long KID goes on.")
+@KeysFile
+@JsonFlag
+def rotate(kid: str, overlap: timedelta, keys_file: "KeyFile", as_json: bool) -> None:
+    """Make a key that may do what KID may, and let KID go on until its holder has changed over.
+
+    \b
+    Example: candlecast keys rotate 3fJx0Qm2Zk --overlap 24h
+    """
+    _show_key(*keys_file.rotate(kid, overlap), as_json)
+
+
+def _show_key(key: str, record: "ApiKey", as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps({"key": key, **_key_facts(record)}))
+    else:
+        click.echo(key)
+        _complain(
+            "Shown this once. Send it as `Authorization: Bearer KEY`; candlecast's own verbs read CANDLECAST_KEY."
+        )
+
+
+def _key_facts(key: "ApiKey") -> dict[str, Any]:
+    grant = key.grant
+    ends = {"expires_at": key.expires_at, "revoked_at": key.revoked_at}
+    return {
+        "kid": key.kid,
+        "name": grant.name,
+        "env": grant.env,
+        "scopes": list(grant.scopes),
+        "symbols": list(grant.symbols),
+        "quota": str(grant.quota) if grant.quota else None,
+        "created_at": key.created_at.isoformat(),
+        **{name: instant.isoformat() if instant else None for name, instant in ends.items()},
+    }
+
+
 @main.group()
 def models() -> None:
     """What runs the models on this machine."""
@@ -857,6 +997,7 @@ def import_version(
 @click.option("--symbol", help="Serve this symbol alone by it, such as AAPL.")
 @click.option("--force", metavar="REASON", help="Promote against the gate's advice; the reason is recorded.")
 @click.option("--url", help="Show first what the shadow of the service there was worth.")
+@Key
 @Reason
 @StoreRoot
 @JsonFlag
@@ -865,6 +1006,7 @@ def promote(
     symbol: str | None,
     force: str | None,
     url: str | None,
+    key: str | None,
     reason: str | None,
     store_root: str,
     as_json: bool,
@@ -879,19 +1021,21 @@ def promote(
     """
     from model_store.store import ModelStore
 
-    for line in _worth_of_shadow(url, reference.partition("@")[0]) if url else ():
+    for line in _worth_of_shadow(url, key, reference.partition("@")[0]) if url else ():
         _complain(line)
     manifest, gate = ModelStore(store_root).promote(reference, symbol=symbol, force=force, reason=reason)
     _print_version(manifest, as_json, [*gate, f"now serves {f'{symbol} ' if symbol else ''}as {manifest.model}"])
 
 
-def _worth_of_shadow(url: str, name: str) -> list[str]:
+def _worth_of_shadow(url: str, key: str | None, name: str) -> list[str]:
     """What the service at `url` says of a model's shadow, a line for each interval and group of steps."""
     import urllib.error
     import urllib.request
 
     try:
-        with urllib.request.urlopen(f"{url}/models/{name}/shadow", timeout=10) as answer:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        request = urllib.request.Request(f"{url}/models/{name}/shadow", headers=headers)
+        with urllib.request.urlopen(request, timeout=10) as answer:
             found = json.load(answer)
     except urllib.error.HTTPError as error:
         return [f"{url} has no shadow of {name}: {error}"]

@@ -21,7 +21,7 @@ _TIMEOUT: Final = 30.0  # seconds without a byte
 _MOST_STEPS: Final = 1_000_000  # of forecasts in one answer
 _FIRST_WAIT: Final = 0.5
 _LONGEST_WAIT: Final = 30.0
-_BUSY: Final = frozenset({502, 503, 504})  # the service, or a proxy before it: later it may answer
+_BUSY: Final = frozenset({429, 502, 503, 504})  # the service, a proxy before it, or a quota: later it may answer
 _ROW: Final = re.compile(r"/candles/(?:\w+/)?(\d+)")
 
 
@@ -56,6 +56,7 @@ class Service:
         self,
         url: str,
         *,
+        key: str | None = None,
         patience: float = PATIENCE,
         say: Callable[[str], None] = _to_nobody,
         sleep: Callable[[float], None] = time.sleep,
@@ -66,6 +67,7 @@ class Service:
         kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
         self.url = url.rstrip("/")
         self._connection = kind(parts.netloc.rpartition("@")[2], timeout=_TIMEOUT)
+        self._key = {"Authorization": f"Bearer {key}"} if key else {}
         self._base = parts.path.rstrip("/")
         self._patience = patience
         self._say = say
@@ -128,7 +130,7 @@ class Service:
 
     def _try(self, method: str, path: str, content: bytes | None) -> tuple[int | None, str, float]:
         """Status, text and Retry-After of one answer; without a status the text says why there is none."""
-        headers = {"Content-Type": "application/json"} if content else {}
+        headers = {**self._key, **({"Content-Type": "application/json"} if content else {})}
         idle = self._connection.sock is not None
         try:
             self._connection.request(method, path, content, headers)

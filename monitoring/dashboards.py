@@ -202,12 +202,13 @@ SERVICE: Final = Dashboard(
         ),
         Panel(
             "Refusals",
-            "Requests refused early (no slot, a queue too long, any too long for the deadline), and bodies refused"
-            " for their candles.",
+            "Requests refused early (no slot, a queue too long, any too long for the deadline), bodies refused for"
+            " their candles, and callers denied for want of a key, a scope or quota.",
             "reqps",
             [
                 Query(rate("candlecast_refusals_total", "reason"), "{{reason}}"),
                 Query(rate("candlecast_candle_rejections_total", "reason"), "candles: {{reason}}"),
+                Query(rate("candlecast_denials_total", "reason"), "callers: {{reason}}"),
             ],
         ),
         Panel(
@@ -234,7 +235,7 @@ SERVICE: Final = Dashboard(
         ),
         Panel(
             "Out of order",
-            "1 while Redis does not answer, or forecasts wait for the ledger.",
+            "1 while Redis does not answer, forecasts wait for the ledger, or the store or the keys cannot be read.",
             "none",
             [Query("max by (reason) (candlecast_degraded{<service>})", "{{reason}}")],
             kind="state-timeline",

@@ -4,17 +4,21 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse
 
 from model_store.store import LoadedVersion, ModelStore
 from service.api import errors
+from service.api.quotas import Quotas
 from service.api.refreshing import Refresher
 from service.api.routes import accuracy, candles, elsewhere, forecast, health, latest, models, promotion
+from service.api.security import PUBLIC, Access, GuardedRoute, SafeAnswers, describe_keys, is_loopback
 from service.api.watchlist import WatchList
 from service.api.wire import BodyLimit, ClosedConnections, CountedAnswers, SymbolPaths
 from service.engine.batcher import Batcher
@@ -29,6 +33,7 @@ from service.engine.registry import Build, Registry
 from service.engine.selection import Selection
 from service.engine.series import load_calendar
 from service.engine.shadows import Shadows
+from service.keys import KEYS_FILE
 from service.metrics import Metrics
 from service.score.evaluator import Evaluator
 from service.score.ledger import Ledger
@@ -39,14 +44,24 @@ from service.settings import Settings
 from service.state import State
 
 
+class _Api(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        return describe_keys(super().openapi())
+
+
+def shows_docs(settings: Settings) -> bool:
+    """Whether /docs and /openapi.json are there."""
+    return is_loopback(settings.host) if settings.docs is None else settings.docs
+
+
 def create_app(settings: Settings, *, build: Build = LoadedVersion.build, now: Clock = wall_clock) -> FastAPI:
     """The API for callers; its parts are `app.state.services`. `build` makes a version's forecaster."""
     services = build_services(settings, build=build, now=now)
-    app = FastAPI(
+    app = _Api(
         title="Candlecast",
         summary="Candles in, forecasts out.",
         lifespan=_lifespan,
-        openapi_url="/openapi.json",
+        openapi_url="/openapi.json" if shows_docs(settings) else None,
         redoc_url=None,
     )
     app.state.services = services
@@ -58,6 +73,15 @@ def create_app(settings: Settings, *, build: Build = LoadedVersion.build, now: C
     app.add_middleware(SymbolPaths)
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
     app.add_middleware(ClosedConnections, draining=lambda: services.draining)
+    app.add_middleware(SafeAnswers)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST", "PUT"],
+            allow_headers=["Authorization", "Content-Type", "If-None-Match", "Last-Event-ID"],
+            expose_headers=["ETag", "RateLimit", "RateLimit-Policy", "Retry-After", "Server-Timing"],
+        )
     app.add_middleware(CountedAnswers, metrics=services.metrics)
     return app
 
@@ -66,11 +90,13 @@ def create_admin_app(services: Services) -> FastAPI:
     """`/metrics` and what changes the service, for the admin port."""
     app = FastAPI(title="Candlecast admin", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.services = services
+    app.router.route_class = GuardedRoute
     app.include_router(promotion.router)
     errors.install(app)
     app.add_middleware(BodyLimit, limit=services.settings.max_body_bytes)
+    app.add_middleware(SafeAnswers)
 
-    @app.get("/metrics", response_class=PlainTextResponse)
+    @app.get("/metrics", response_class=PlainTextResponse, openapi_extra=PUBLIC)
     async def get_metrics(request: Request) -> Response:
         """Every series, in the text format or in OpenMetrics."""
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
@@ -106,6 +132,8 @@ def build_services(settings: Settings, *, build: Build = LoadedVersion.build, no
         settings=settings,
         metrics=metrics,
         state=state,
+        access=Access(settings.auth, settings.host, settings.keys_file or settings.home / KEYS_FILE, now, metrics),
+        quotas=Quotas(state, now, metrics),
         history=history,
         registry=registry,
         follower=Follower(registry, state, settings.store_poll_seconds),

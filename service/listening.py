@@ -1,14 +1,16 @@
 """Where a service can be reached."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Listening:
-    """The addresses of both ports."""
+    """Both addresses; where keys are asked for, one that stores candles for as long as the service runs."""
 
     url: str
     admin_url: str
+    docs: bool
+    key: str | None = field(repr=False)
 
 
 def reachable(host: str) -> str:

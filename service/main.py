@@ -10,7 +10,7 @@ from typing import Final
 
 import uvicorn
 
-from service.app import create_admin_app, create_app
+from service.app import create_admin_app, create_app, shows_docs
 from service.listening import Listening, reachable
 from service.services import Services
 from service.settings import Settings
@@ -65,7 +65,7 @@ async def _serve(
                 await asyncio.sleep(0.01)
             gc.freeze()  # a full collection would look through all of torch, in the middle of a request
             gc.set_threshold(*_GARBAGE)
-            on_ready(Listening(_url(callers), _url(admin)))
+            on_ready(Listening(_url(callers), _url(admin), shows_docs(settings), services.access.own_key))
             await asyncio.gather(*tasks)
     except StateError as error:
         raise ServeError(str(error)) from error

@@ -32,6 +32,10 @@ RELEASES: Final = ("idle", "freed", "oldest_deadline", "full", "alone")
 ROW_KINDS: Final = ("asked", "padding")
 CACHE_RESULTS: Final = ("hit", "miss", "coalesced", "bypass")
 REFUSALS: Final = ("full", "queue", "deadline")
+DENIALS: Final = (
+    *("key_required", "malformed_key", "unknown_key", "expired_key"),
+    *("scope_missing", "symbol_not_allowed", "quota_too_small", "quota_exceeded"),
+)
 FAILURES: Final = ("invalid_output", "out_of_memory", "error")
 LOAD_FAILURES: Final = ("verification", "memory", "rehearsal", "error")
 SWAPS: Final = ("first", "done", "failed")
@@ -40,6 +44,7 @@ REDIS_OPS: Final = (
     *("history_put", "history_read", "history_calendars", "history_symbols", "history_revision"),
     *("history_restate", "history_split", "history_events", "cache_read", "cache_write"),
     *("ledger_register", "ledger_read", "ledger_scales", "ledger_steps", "ledger_sweep"),
+    "quota_spend",
 )
 PUT_RESULTS: Final = ("new", "duplicate", "restated", "quarantined", "unclosed")
 LEDGER_OUTCOMES: Final = ("new", "duplicate", "late", "foreign", "scored", "rescored", "expired", "unreadable")
@@ -100,6 +105,14 @@ class Metrics:
         self.forecasts = Counter(
             "candlecast_forecast_requests_total", "Forecast requests by outcome.", ["model", "outcome"], registry=to
         )
+        self.denials = Counter(
+            "candlecast_denials_total",
+            "Requests denied for want of a key, a scope or a quota.",
+            ["reason"],
+            registry=to,
+        )
+        for reason in DENIALS:
+            self.denials.labels(reason)
         self.rejections = Counter(
             "candlecast_candle_rejections_total", "Bodies refused for their candles.", ["reason"], registry=to
         )
@@ -192,7 +205,7 @@ class Metrics:
 
     def _state(self, to: CollectorRegistry) -> None:
         self.degraded = Gauge("candlecast_degraded", "1 while something is out of order.", ["reason"], registry=to)
-        for reason in ("redis_state", "store"):
+        for reason in ("redis_state", "store", "keys"):
             self.degraded.labels(reason).set(0)
         self.redis_seconds = Histogram(
             "candlecast_redis_command_duration_seconds",

@@ -7,6 +7,8 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from service.api.quotas import Quotas
+from service.api.security import Access
 from service.api.watchlist import WatchList
 from service.engine.cache import Cache
 from service.engine.door import Door
@@ -38,6 +40,8 @@ class Services:
     settings: Settings
     metrics: Metrics
     state: State
+    access: Access
+    quotas: Quotas
     history: History
     registry: Registry
     follower: Follower

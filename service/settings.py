@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, Posi
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.api.watchlist import WatchEntry, parse_watch
+from service.keys import KEYS_FILE, Auth
 from service.score.recalibration import Mode
 
 Role = Literal["all", "api", "evaluator"]
@@ -14,6 +15,11 @@ Watch = Annotated[
     tuple[WatchEntry, ...],
     NoDecode,  # or it would have to be JSON
     BeforeValidator(lambda given: parse_watch(given) if isinstance(given, str) else given),
+]
+Origins = Annotated[
+    tuple[str, ...],
+    NoDecode,
+    BeforeValidator(lambda given: [each.strip() for each in given.split(",")] if isinstance(given, str) else given),
 ]
 _SECRETS: Final = Path("/run/secrets")  # where Docker and Kubernetes mount them
 
@@ -33,6 +39,16 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address that both ports listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port for callers; 0 picks a free one.")
     admin_port: int = Field(8001, ge=0, le=65535, description="Port for /metrics; 0 picks a free one.")
+    auth: Auth = Field(
+        "auto",
+        description="Whether callers need a key: on, off, or auto: once there are keys, and without any the service"
+        " listens on a loopback address alone.",
+    )
+    keys_file: Path | None = Field(
+        None, description=f"The file that `candlecast keys` writes; default: {KEYS_FILE} in the home."
+    )
+    cors_origins: Origins = Field((), description="Origins whose web pages may call, with commas; * for any.")
+    docs: bool | None = Field(None, description="Serve /docs and /openapi.json; default: only on a loopback address.")
     home: Path = Field(Path("var"), description="Folder for everything the service writes.")
     store_root: str | Path = Field(
         "model_store/artifacts", description="The model store: a folder, or a URL such as s3://bucket/prefix."

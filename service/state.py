@@ -1,6 +1,7 @@
 """Redis: the client every wing shares, and the private server that runs where no URL is given.
 
-Only idempotent commands are sent, so one retry after a lost reply is safe everywhere.
+Only idempotent commands are sent, so one retry after a lost reply is safe everywhere; but what is spent of a quota is
+spent twice then.
 """
 
 import asyncio

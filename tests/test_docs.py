@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 BLOCK = re.compile(r"^```(?:sh|bash|console)\n(.*?)^```", re.DOTALL | re.MULTILINE)
-READ_BY_THE_COMMANDS = {"CANDLECAST_URL"}  # the service reads all others
+READ_BY_THE_COMMANDS = {"CANDLECAST_KEY", "CANDLECAST_URL"}  # the service reads all others
 SETTINGS = re.compile(r"^(?:[A-Z_]+=\S+\s+)+")
 
 

@@ -65,6 +65,12 @@ class Asked:
         return Facts(self.model.name, self.series.as_of, self.item.seed, samples, context, self.degraded)
 
     @property
+    def cost(self) -> int:
+        """Candles that the model reads and draws."""
+        paths = self.parameters.sampling.samples if self.parameters.draws else 1
+        return len(self.item.timestamps) + self.parameters.horizon * paths
+
+    @property
     def settled_until(self) -> float:
         """When the same request with the same candles may be settled otherwise, because time has passed."""
         if self.request.as_of is not None:

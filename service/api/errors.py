@@ -60,6 +60,32 @@ class BodyTooLarge(HTTPException):
         super().__init__(413, f"the body is longer than {limit} bytes")
 
 
+class Unauthorized(HTTPException):
+    """No key was sent, or none that counts."""
+
+    def __init__(self, code: str, detail: str) -> None:
+        challenge = "Bearer" if code == "key_required" else 'Bearer error="invalid_token"'
+        super().__init__(401, detail, headers={"WWW-Authenticate": challenge})
+        self.code = code
+
+
+class Forbidden(HTTPException):
+    """The key counts, and is not for this."""
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(403, detail, headers={"WWW-Authenticate": 'Bearer error="insufficient_scope"'})
+        self.code = code
+
+
+class QuotaExceeded(HTTPException):
+    """The key's quota does not cover this before `wait` seconds."""
+
+    code = "quota_exceeded"
+
+    def __init__(self, detail: str, wait: int) -> None:
+        super().__init__(429, detail, headers={"Retry-After": str(wait)})
+
+
 class NotWatched(LookupError):
     """Nothing on the watch list fits."""
 
@@ -133,6 +159,14 @@ NEXT_STEPS: Final[Mapping[str, str]] = {
     "off_grid": "Check interval, calendar and time_is against the timestamps.",
     "future_timestamp": "Timestamps are candle opens in UTC milliseconds; check time_is and the clock.",
     "body_too_large": "Send fewer candles: a model reads only the newest.",
+    "key_required": "Send Authorization: Bearer KEY; whoever runs the service makes one with `candlecast keys make`.",
+    "malformed_key": "Copy the whole key, from cc_ to its last character, and send it once.",
+    "unknown_key": "Ask whoever runs the service for a key that counts; `candlecast keys list` shows them there.",
+    "expired_key": "Ask whoever runs the service for a new key.",
+    "scope_missing": "Use a key with that scope.",
+    "symbol_not_allowed": "Use a key that is for this symbol.",
+    "quota_too_small": "Send fewer candles, ask for a shorter horizon or fewer samples; or ask for a larger quota.",
+    "quota_exceeded": "Wait for Retry-After seconds, or ask for fewer candles, a shorter horizon or fewer samples.",
     "malformed_json": "Send one JSON object, each key once, with Content-Type: application/json.",
 }
 

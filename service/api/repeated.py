@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 from fastapi import Response
-from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from service.api.answers import Asked, Found, whole_answer
 from service.api.forecasting import WITHOUT_WEIGHTS
 from service.api.schemas import ForecastRequest, TimingsMs
+from service.api.security import Caller, GuardedRoute, caller_of
 from service.api.wire import StrictRequest, read_body
 from service.engine.batcher import DeadlineExceeded
 from service.engine.cache import Kept
@@ -21,7 +21,7 @@ from service.engine.repeats import Facts, Repeat, StoredAs, request_digest
 from service.services import Services
 
 
-class AdmittedRoute(APIRoute):
+class AdmittedRoute(GuardedRoute):
     """Takes a permit before it reads a body, and the short cut where there is one.
 
     FastAPI finds and describes the route and hands over there: its own way to an endpoint is long beside a repeated
@@ -48,14 +48,14 @@ class AdmittedRoute(APIRoute):
             return Response(status_code=499)  # never read
         symbol = request.path_params["symbol"]
         digest = request_digest(symbol, request.headers.get("content-type", ""), sent)
-        if (recalled := await _recalled(digest, services)) is not None:
+        if (recalled := await _recalled(digest, caller_of(request), services)) is not None:
             return recalled
         request.state.digest = digest
         response: Response = await self.endpoint(symbol, services, request, await read_body(request, ForecastRequest))
         return response
 
 
-async def _recalled(digest: bytes, parts: Services) -> Response | None:
+async def _recalled(digest: bytes, caller: Caller, parts: Services) -> Response | None:
     """The answer to a request that was answered before, None where reading it could lead to another one."""
     started, now = time.monotonic(), parts.now()
     repeat = parts.repeats.get(digest, now)
@@ -64,6 +64,7 @@ async def _recalled(digest: bytes, parts: Services) -> Response | None:
     kept = parts.cache.at_hand(repeat.key, now)
     if kept is None:
         return None
+    await parts.access.charge(caller, 1, parts.quotas)
     facts = repeat.facts
     if facts.degraded != (degraded := parts.degraded):
         facts = replace(facts, degraded=degraded)

@@ -9,12 +9,12 @@ from urllib.parse import unquote
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.errors import BodyTooLarge, MalformedBody, problem
+from service.api.security import GuardedRoute
 from service.metrics import Metrics
 
 T = TypeVar("T")
@@ -61,7 +61,7 @@ async def read_body(request: StrictRequest, kind: type[Body]) -> Body | None:
         raise RequestValidationError([{**each, "loc": ("body", *each["loc"])} for each in found]) from None
 
 
-class StrictRoute(APIRoute):
+class StrictRoute(GuardedRoute):
     """A route that reads its body as StrictRequest does."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:

@@ -23,6 +23,7 @@ from prometheus_client import CollectorRegistry
 
 from candlecast import main
 from service.app import create_admin_app, create_app
+from service.keys import KEYS_FILE, PEPPER_FILE
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -274,6 +275,8 @@ def test_every_name_that_a_pod_refers_to_exists(manifests: Manifests) -> None:
             wanted |= {("ConfigMap", source["configMapRef"]["name"]) for source in container.get("envFrom", [])}
             sources = [variable.get("valueFrom", {}) for variable in container.get("env", [])]
             wanted |= {("Secret", source["secretKeyRef"]["name"]) for source in sources if "secretKeyRef" in source}
+        mounted = [volume["secret"] for volume in pod.spec.get("volumes", []) if "secret" in volume]
+        wanted |= {("Secret", each["secretName"]) for each in mounted if not each.get("optional")}
         claims = [volume.get("persistentVolumeClaim") for volume in pod.spec.get("volumes", [])]
         wanted |= {("PersistentVolumeClaim", claim["claimName"]) for claim in claims if claim}
         assert wanted - there == set(), pod.name
@@ -296,7 +299,7 @@ def test_every_pod_is_restricted(manifests: Manifests) -> None:
         assert pod.spec["automountServiceAccountToken"] is False, pod.name
         assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.spec.keys(), pod.name
         kinds = {kind for volume in pod.spec.get("volumes", []) for kind in volume} - {"name"}
-        assert kinds <= {"emptyDir", "persistentVolumeClaim"}, pod.name
+        assert kinds <= {"emptyDir", "persistentVolumeClaim", "secret"}, pod.name
         for container in pod.containers:
             assert container["securityContext"] == {
                 "allowPrivilegeEscalation": False,
@@ -431,7 +434,7 @@ def test_pods_find_what_the_image_has_where_it_has_it(manifests: Manifests) -> N
         context = pod.spec["securityContext"]
         assert (context["runAsUser"], context["runAsGroup"], context["fsGroup"]) == (user, group, group), pod.name
         for container in pod.containers:
-            mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
+            mounts = {mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] != "keys"}
             writes = container["args"][0] in ("serve", "train")  # what it keeps there; the store's verbs keep nothing
             assert mounts == ({store, home, "/tmp"} if writes else {store, "/tmp"}), pod.name
 
@@ -524,6 +527,19 @@ def test_a_gpu_is_asked_for_exactly_where_the_service_computes_on_one(manifests:
 
 def _uses_cuda(manifests: Manifests) -> bool:
     return any("CANDLECAST_DEVICE" in each["data"] for each in manifests.of("ConfigMap") if "data" in each)
+
+
+def test_callers_of_a_cluster_need_keys_from_a_secret_that_is_mounted(manifests: Manifests) -> None:
+    (pod,) = [pod for pod in manifests.pods if pod.name == "candlecast"]
+    (container,) = pod.spec["containers"]
+    settings = manifests.settings(container)
+    assert settings["CANDLECAST_AUTH"] == ("off" if manifests.overlay in ("cpu", "gpu") else "on")
+    (volume,) = [volume for volume in pod.spec["volumes"] if "secret" in volume]
+    (mount,) = [mount for mount in container["volumeMounts"] if mount["name"] == volume["name"]]
+    assert settings["CANDLECAST_KEYS_FILE"] == f"{mount['mountPath']}/{KEYS_FILE}"
+    files = re.findall(r"--from-file=\S*/(\S+)", (K8S / "README.md").read_text())
+    assert files == [KEYS_FILE, PEPPER_FILE]
+    assert f"secret generic {volume['secret']['secretName']} " in (K8S / "README.md").read_text()
 
 
 # -- watched and scaled ------------------------------------------------------------------------------

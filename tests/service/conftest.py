@@ -17,6 +17,7 @@ from models.forecaster import Abandoned, Batch, Forecast, ForecastInput, Invalid
 from models.naive import NaiveForecaster
 from service.app import create_app
 from service.settings import Settings
+from service.state import State
 
 HOUR = 3_600_000
 NOW = 1_750_000_000_000  # 2025-06-15 15:06:40 UTC, a Sunday
@@ -141,6 +142,13 @@ def running(tmp_path: Path, store: ModelStore, put_naive: PutNaive) -> Running:
                 yield client, app
 
     return start
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Redis is waited for and taken for up, however busy the machine is."""
+    monkeypatch.setattr("service.line._PATIENCE_SECONDS", 60.0)
+    monkeypatch.setattr(State, "up", property(lambda _: True, lambda _, __: None), raising=False)
 
 
 @pytest.fixture

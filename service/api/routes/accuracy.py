@@ -18,12 +18,13 @@ from service.api.schemas import (
     StandingAnswer,
     normalise_symbol,
 )
+from service.api.security import GuardedRoute, open_to
 from service.api.sources import calendars_of, instant_in_query, stored_interval
 from service.score.evaluator import ModelStanding
 from service.score.standings import Scores, Standing
 from service.services import Parts, Services
 
-router = APIRouter()
+router = APIRouter(route_class=GuardedRoute)
 
 _MOST_STEPS: Final = 1_000_000
 _COLUMNS: Final = (
@@ -32,13 +33,23 @@ _COLUMNS: Final = (
 )
 
 
-@router.get("/accuracy", response_model=ModelsAccuracyAnswer, summary="What all forecasts were worth")
+@router.get(
+    "/accuracy",
+    response_model=ModelsAccuracyAnswer,
+    summary="What all forecasts were worth",
+    openapi_extra=open_to("forecast"),
+)
 async def get_accuracy(parts: Parts) -> Any:
     """Every model and version over all symbols of an interval, by group of steps."""
     return ModelsAccuracyAnswer(models=accuracy_of_models(parts))
 
 
-@router.get("/accuracy/{symbol}", response_model=AccuracyAnswer, summary="What a symbol's forecasts were worth")
+@router.get(
+    "/accuracy/{symbol}",
+    response_model=AccuracyAnswer,
+    summary="What a symbol's forecasts were worth",
+    openapi_extra=open_to("forecast"),
+)
 async def get_accuracy_of(
     symbol: str,
     parts: Parts,
@@ -51,7 +62,12 @@ async def get_accuracy_of(
     return AccuracyAnswer(symbol=name, series=[await accuracy_of_series(name, each, parts) for each in chosen])
 
 
-@router.get("/forecasts/{symbol}", response_model=ServedStepsAnswer, summary="Forecasts as they were served")
+@router.get(
+    "/forecasts/{symbol}",
+    response_model=ServedStepsAnswer,
+    summary="Forecasts as they were served",
+    openapi_extra=open_to("forecast"),
+)
 async def get_forecasts(
     symbol: str,
     parts: Parts,

@@ -16,6 +16,7 @@ from service.api.schemas import (
     SymbolsAnswer,
     normalise_symbol,
 )
+from service.api.security import Asking, Caller, open_to
 from service.api.sources import calendars_of, candles_to_store, instant_in_query, stored_interval
 from service.api.wire import StrictRoute
 from service.engine.history import PutCounts
@@ -26,10 +27,16 @@ router = APIRouter(route_class=StrictRoute)
 _MOST_CANDLES: Final = 10_000
 
 
-@router.put("/candles/{symbol}", response_model=PutCandlesAnswer, summary="Store closed candles")
+@router.put(
+    "/candles/{symbol}",
+    response_model=PutCandlesAnswer,
+    summary="Store closed candles",
+    openapi_extra=open_to("ingest", cost="candles"),
+)
 async def put_candles(
     symbol: str,
     parts: Parts,
+    caller: Asking,
     body: PutCandlesRequest | None = None,
     restate: Annotated[bool, Query(description="Replace history, in one step; open forecasts follow it.")] = False,
     split: Annotated[float | None, Query(gt=0, le=1e4, description="New shares for one: 4, or 0.1.")] = None,
@@ -43,21 +50,26 @@ async def put_candles(
     """
     name = normalise_symbol(symbol)
     if split is not None:
-        return await _split(name, split, _instant_of_split(body, before, restate, parts.now()), interval, parts)
+        instant = _instant_of_split(body, before, restate, parts.now())
+        await parts.access.charge(caller, 1, parts.quotas)
+        return await _split(name, split, instant, interval, parts)
     if before is not None or interval is not None:
         raise InputError("this belongs to a split", "interval" if before is None else "before", "conflict")
     if body is None:
         raise InputError("send candles, or `split` and `before`", "/candles", "missing")
-    return await _stored(name, body, restate, parts)
+    return await _stored(name, body, restate, caller, parts)
 
 
-async def _stored(name: str, body: PutCandlesRequest, restate: bool, parts: Services) -> PutCandlesAnswer:
+async def _stored(
+    name: str, body: PutCandlesRequest, restate: bool, caller: Caller, parts: Services
+) -> PutCandlesAnswer:
     history, now = parts.history, parts.now()
     try:
         sent, calendar = await candles_to_store(name, body, history, now)
     except InputError as error:
         parts.metrics.rejections.labels(error.code).inc()
         raise
+    await parts.access.charge(caller, max(1, len(sent.timestamps)), parts.quotas)
     parts.metrics.candles_ingested.labels("unclosed").inc(sent.unclosed)
     counts = PutCounts()
     if len(sent.timestamps):
@@ -102,7 +114,12 @@ async def _split(name: str, factor: float, before: int, interval: str | None, pa
     )
 
 
-@router.get("/candles/{symbol}", response_model=CandlesAnswer, summary="Stored candles")
+@router.get(
+    "/candles/{symbol}",
+    response_model=CandlesAnswer,
+    summary="Stored candles",
+    openapi_extra=open_to("forecast", "ingest"),
+)
 async def get_candles(
     symbol: str,
     parts: Parts,
@@ -127,7 +144,9 @@ def _instant_of_page(before: str) -> int:
     return instant
 
 
-@router.get("/symbols", response_model=SymbolsAnswer, summary="Stored symbols")
-async def get_symbols(parts: Parts) -> Any:
-    """Every stored series with its interval, calendar, first and last candle."""
-    return {"symbols": [asdict(series) for series in await parts.history.symbols()]}
+@router.get(
+    "/symbols", response_model=SymbolsAnswer, summary="Stored symbols", openapi_extra=open_to("forecast", "ingest")
+)
+async def get_symbols(parts: Parts, caller: Asking) -> Any:
+    """Every stored series that the key is for, with its interval, calendar, first and last candle."""
+    return {"symbols": [asdict(series) for series in await parts.history.symbols() if caller.may_ask(series.symbol)]}

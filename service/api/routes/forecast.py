@@ -4,11 +4,13 @@ import asyncio
 import time
 
 from fastapi import APIRouter, Request, Response
+from starlette.exceptions import HTTPException
 
 from model_store.files import VersionNotFound
 from service.api.forecasting import Noted, found_for, settled
 from service.api.repeated import AdmittedRoute, answer, remember
 from service.api.schemas import ForecastAnswer, ForecastRequest, normalise_symbol
+from service.api.security import Caller, caller_of, open_to
 from service.api.wire import ClientGone, unless_gone
 from service.engine.batcher import DeadlineExceeded, Overloaded
 from service.engine.history import UnknownSymbol
@@ -17,13 +19,19 @@ from service.services import Parts, Services
 router = APIRouter(route_class=AdmittedRoute)
 
 
-@router.post("/forecast/{symbol}", response_model=ForecastAnswer, summary="Forecast a symbol's next candles")
+@router.post(
+    "/forecast/{symbol}",
+    response_model=ForecastAnswer,
+    summary="Forecast a symbol's next candles",
+    openapi_extra=open_to("forecast", cost="lookback + horizon x paths"),
+)
 async def post_forecast(symbol: str, parts: Parts, request: Request, body: ForecastRequest | None = None) -> Response:
     """Forecast from the candles in the body, or from the stored history of the symbol."""
     asked = body or ForecastRequest.model_validate({})
     noted = Noted()
     try:
-        return await unless_gone(request, _answer(normalise_symbol(symbol), asked, request.state.digest, parts, noted))
+        name, caller = normalise_symbol(symbol), caller_of(request)
+        return await unless_gone(request, _answer(name, asked, request.state.digest, caller, parts, noted))
     except ClientGone:
         noted.outcome = "cancelled"
         return Response(status_code=499)  # never read
@@ -34,7 +42,9 @@ async def post_forecast(symbol: str, parts: Parts, request: Request, body: Forec
         parts.metrics.forecasts.labels(noted.model, noted.outcome).inc()
 
 
-async def _answer(symbol: str, request: ForecastRequest, digest: bytes, parts: Services, noted: Noted) -> Response:
+async def _answer(
+    symbol: str, request: ForecastRequest, digest: bytes, caller: Caller, parts: Services, noted: Noted
+) -> Response:
     started = time.monotonic()
     deadline = started + (request.timeout_ms or parts.settings.request_timeout_ms) / 1000
     try:
@@ -44,6 +54,7 @@ async def _answer(symbol: str, request: ForecastRequest, digest: bytes, parts: S
         if limit.expired():
             raise DeadlineExceeded from None
         raise
+    await parts.access.charge(caller, asked.cost, parts.quotas)
     found = await found_for(asked, request.cache == "use", parts, deadline)
     noted.outcome = "degraded" if asked.degraded else "ok"
     if found.cache != "bypass":
@@ -56,4 +67,4 @@ def _outcome(error: Exception) -> str:
         return "overloaded"
     if isinstance(error, DeadlineExceeded):
         return "timeout"
-    return "invalid" if isinstance(error, (ValueError, UnknownSymbol, VersionNotFound)) else "error"
+    return "invalid" if isinstance(error, (ValueError, UnknownSymbol, VersionNotFound, HTTPException)) else "error"

@@ -6,18 +6,19 @@ from fastapi import APIRouter, Response
 
 from service.api.errors import problem
 from service.api.schemas import Health
+from service.api.security import PUBLIC, GuardedRoute
 from service.services import Parts
 
-router = APIRouter()
+router = APIRouter(route_class=GuardedRoute)
 
 
-@router.get("/livez", response_model=Health, summary="Is the process alive")
+@router.get("/livez", response_model=Health, summary="Is the process alive", openapi_extra=PUBLIC)
 async def livez(parts: Parts) -> Any:
     """503 once the engine's thread has ended or hangs: only a restart helps then."""
     return _health(parts.engine.alive or not parts.started, parts.degraded)
 
 
-@router.get("/readyz", response_model=Health, summary="Should callers be sent here")
+@router.get("/readyz", response_model=Health, summary="Should callers be sent here", openapi_extra=PUBLIC)
 async def readyz(parts: Parts) -> Any:
     """200 from start-up until SIGTERM, then 503 `draining` while the others still answer; without Redis too."""
     if parts.draining:
@@ -25,7 +26,7 @@ async def readyz(parts: Parts) -> Any:
     return _health(parts.engine.alive and parts.started, parts.degraded)
 
 
-@router.get("/startupz", response_model=Health, summary="Has start-up finished")
+@router.get("/startupz", response_model=Health, summary="Has start-up finished", openapi_extra=PUBLIC)
 async def startupz(parts: Parts) -> Any:
     """200 once the service has started."""
     return _health(parts.started, parts.degraded)

@@ -9,10 +9,11 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from service.api.errors import NoForecastYet
 from service.api.schemas import ForecastAnswer, Interval, normalise_symbol
+from service.api.security import Asking, GuardedRoute, open_to
 from service.api.watchlist import Latest, Watched
 from service.services import Parts
 
-router = APIRouter()
+router = APIRouter(route_class=GuardedRoute)
 
 _STALE: Final = "Candlecast-Stale"
 
@@ -40,6 +41,7 @@ async def _streamed(watched: Listed, parts: Parts) -> AsyncIterator[Watched]:
     response_model=ForecastAnswer,
     responses={304: {"description": "If-None-Match names the newest forecast."}},
     summary="The newest forecast of a watched symbol",
+    openapi_extra=open_to("forecast"),
 )
 async def get_latest(watched: Listed, parts: Parts, if_none_match: Annotated[str | None, Header()] = None) -> Response:
     """Waits for nothing. While a refresh runs or fails it is the one before, with `stale` in `meta.degraded`."""
@@ -59,15 +61,20 @@ async def get_latest(watched: Listed, parts: Parts, if_none_match: Annotated[str
     "/forecast/{symbol}/stream",
     response_class=EventSourceResponse,
     summary="Every new forecast of a watched symbol, as server-sent events",
+    openapi_extra=open_to("forecast"),
 )
 async def stream_forecasts(
     watched: Annotated[Watched, Depends(_streamed)],
     parts: Parts,
+    caller: Asking,
     last_event_id: Annotated[str | None, Header()] = None,
 ) -> AsyncIterator[ServerSentEvent]:
-    """The newest forecast unless `Last-Event-ID` names it, then each later one; a slow caller gets only the newest."""
+    """The newest forecast unless `Last-Event-ID` names it, then each later one; a slow caller gets only the newest.
+
+    It ends when the caller's key counts no more.
+    """
     seen = last_event_id
-    while (latest := await watched.after(seen)) is not None:
+    while (latest := await watched.after(seen)) is not None and parts.access.holds(caller):
         now = parts.now()
         body = latest.body(now, latest.degraded(parts.degraded, watched.is_stale(now)))
         seen = latest.name

@@ -21,22 +21,33 @@ from service.api.schemas import (
     RuntimeAnswer,
     ShadowAnswer,
 )
+from service.api.security import GuardedRoute, open_to
 from service.engine.failures import Failure
 from service.engine.registry import LoadedModel, Registry
 from service.score.standings import Compared
 from service.services import Parts, Services
 
-router = APIRouter()
+router = APIRouter(route_class=GuardedRoute)
 
 
-@router.get("/models", response_model=ModelsAnswer, summary="Models that can be asked for")
+@router.get(
+    "/models",
+    response_model=ModelsAnswer,
+    summary="Models that can be asked for",
+    openapi_extra=open_to("forecast", "admin"),
+)
 async def get_models(parts: Parts) -> Any:
     """Every version in the store, with its aliases, limits and scores, those that are broken, and why any is not
     served."""
     return await asyncio.to_thread(_describe_all, parts.registry)
 
 
-@router.get("/models/{name}/shadow", response_model=ShadowAnswer, summary="What a shadow is worth beside production")
+@router.get(
+    "/models/{name}/shadow",
+    response_model=ShadowAnswer,
+    summary="What a shadow is worth beside production",
+    openapi_extra=open_to("forecast", "admin"),
+)
 async def get_shadow(name: str, parts: Parts) -> Any:
     """404 where the model has no shadow."""
     name = parts.registry.nicknames.get(name, name)

@@ -10,13 +10,19 @@ from model_store.gate import PromotionRefused
 from model_store.manifest import Manifest
 from service.api.routes.models import shadow_of
 from service.api.schemas import PromoteAnswer, PromoteRequest, normalise_symbol
+from service.api.security import open_to
 from service.api.wire import StrictRoute
 from service.services import Parts
 
 router = APIRouter(route_class=StrictRoute)
 
 
-@router.post("/models/{name}/promote", response_model=PromoteAnswer, summary="Have another version answer")
+@router.post(
+    "/models/{name}/promote",
+    response_model=PromoteAnswer,
+    summary="Have another version answer",
+    openapi_extra=open_to("admin"),
+)
 async def promote(name: str, parts: Parts, body: PromoteRequest) -> Any:
     """409 where the gate refuses it. What answers now does so until each process has loaded the other beside it."""
     name = parts.registry.nicknames.get(name, name)

@@ -7,7 +7,7 @@ from typing import Final
 
 import click
 
-from bench import capacity, curves, floor, forecasts, http, loading, training
+from bench import adapters, capacity, curves, floor, forecasts, http, loading, training
 from bench.published import KRONOS, TOTO_BASE, toto_config
 from bench.run import RESULTS, Measure, run
 
@@ -24,6 +24,8 @@ MEASURES: Final[Mapping[str, Measure]] = {
     "floor-toto": floor.toto_floor,
     "load-toto-base": partial(loading.load, name="toto-base", family="toto", config=toto_config(TOTO_BASE)),
     "load-kronos-base": partial(loading.load, name="kronos-base", family="kronos", config=KRONOS["base"]),
+    "adapters-toto": partial(adapters.adapters, family="toto"),
+    "adapters-kronos": partial(adapters.adapters, family="kronos"),
     "training-toto": training.toto_step,
     "training-kronos": training.kronos_step,
     "http-overhead": http.overhead,

@@ -3,17 +3,20 @@
 Speed does not depend on what the weights are worth, so nothing has to be downloaded to measure it.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models.adapters import matrices_of
 from models.candles import Floats, with_amount
 from models.forecaster import ForecastInput, Sampling
 from models.kronos.network import KronosPredictor, PredictorConfig
 from models.kronos.tokenizer import KronosTokenizer, TokenizerConfig
 from models.toto.network import TotoConfig, TotoNetwork
+from training.tuning import MODULES, Family
 
 HOUR_MS: Final = 3_600_000
 START_MS: Final = 1_700_006_400_000  # 2023-11-15 00:00 UTC
@@ -83,6 +86,30 @@ def random_weights(family: str, config: dict[str, Any], seed: int = 3) -> dict[s
         "predictor": KronosPredictor(PredictorConfig.from_published(config["predictor"])),
     }
     return dict(nn.ModuleDict(parts).state_dict())
+
+
+def random_adapter(
+    family: Family, weights: Mapping[str, Tensor], rank: int, seed: int, modules: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """An adapter of a version's tensors in the form in which training stores it; of all modules that may have one."""
+    torch.manual_seed(seed)
+    found = {}
+    for name, weight in weights.items():
+        layer = name.removesuffix(".weight")
+        if not name.startswith("tokenizer.") and f".{layer}".endswith(
+            tuple(f".{m}" for m in modules or MODULES[family])
+        ):
+            outputs, inputs = weight.shape
+            found[f"{layer}.lora_A.default.weight"] = torch.randn(rank, inputs) / inputs**0.5
+            found[f"{layer}.lora_B.default.weight"] = 0.02 * torch.randn(outputs, rank)
+    return found
+
+
+def merged_with(weights: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """A version's tensors with an adapter added in."""
+    pairs = matrices_of(adapter, scale)
+    added = {f"{layer}.weight": up.double() @ down.double() for layer, (down, up) in pairs.items()}
+    return {name: (w.double() + added[name]).float() if name in added else w for name, w in weights.items()}
 
 
 def toto_config(network: dict[str, Any], max_context: int = TOTO_CONTEXT) -> dict[str, Any]:

@@ -22,8 +22,8 @@ def canary_of(forecaster: Forecaster) -> Canary:
     return _forecast(forecaster, max(limits.min_context, min(_CONTEXT, limits.max_context)), seed=0)
 
 
-def check_canary(canary: Canary, forecaster: Forecaster) -> None:
-    """ValueError unless `forecaster` says what was said then, within a tenth of the band."""
+def check_canary(canary: Canary, forecaster: Forecaster) -> float:
+    """How far `forecaster` moved from what was said then, over the band; ValueError beyond a tenth of it."""
     try:
         now = _forecast(forecaster, canary.context, canary.seed)
     except InvalidModelOutput as error:
@@ -34,6 +34,7 @@ def check_canary(canary: Canary, forecaster: Forecaster) -> None:
     moved = float(np.abs(found - then).max())
     if moved > allowed:
         raise ValueError(f"its forecast moved by {moved:.3g} where {allowed:.3g} is allowed, in a band of {band:.3g}")
+    return moved / band if band else 0.0
 
 
 def _forecast(forecaster: Forecaster, context: int, seed: int) -> Canary:

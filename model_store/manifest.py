@@ -17,6 +17,9 @@ SCORES = "scores.safetensors"  # of the windows that it was evaluated on, for co
 ADAPTER = "adapter.safetensors"  # of low rank, as it was trained; the weights have it added in
 
 
+_ADAPTED: Final = {"network", "predictor"}  # the phases of training that adapters may be all of
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -213,6 +216,21 @@ class Manifest(_Strict):
     def digest(self) -> str:
         """The version this manifest must carry."""
         return version_of(self.model_dump(mode="json"))
+
+    @property
+    def adapts(self) -> tuple[str, float] | None:
+        """The version (name@version) that its adapter was trained beside, and the factor that it is added in with.
+
+        None where it has no adapter, or more than that was trained.
+        """
+        recipe = self.training.recipe if self.training else {}
+        tune, phases = recipe.get("tune") or {}, set(recipe.get("phases") or ())
+        if ADAPTER not in self.files or self.origin.revision is None or not phases <= _ADAPTED:
+            return None
+        try:
+            return f"{tune['base'].partition('@')[0]}@{self.origin.revision}", tune["alpha"] / tune["rank"]
+        except (KeyError, TypeError, AttributeError, ZeroDivisionError):  # nothing checks what a recipe says
+            return None
 
     def evaluation(self, windows: str) -> Evaluation | None:
         """The evaluation on `windows`, if there is one."""

@@ -49,6 +49,7 @@ from model_store.tensors import read_tensors, tensors_of
 from models.candles import SYMBOL
 
 if TYPE_CHECKING:
+    from models.adapters import Matrices
     from models.forecaster import Forecaster
 
 CANDIDATE, PRODUCTION, PREVIOUS, SHADOW = "candidate", "production", "previous", "shadow"
@@ -183,6 +184,20 @@ class ModelStore:
                 for name in (WEIGHTS, ADAPTER)
             )
         return LoadedVersion(manifest, config, weights, adapter)
+
+    def matrices(self, reference: str) -> "Matrices":
+        """Those of the version's adapter, verified; none of its other files is read."""
+        from models.adapters import matrices_of
+
+        manifest = self._trusted(reference)
+        what = f"{manifest.model}@{manifest.version}"
+        if manifest.adapts is None:
+            raise StoreError(f"{what} is no version with an adapter alone")
+        tensors = tensors_of(self._read_file(manifest, ADAPTER), f"{what}: {ADAPTER}")
+        try:
+            return matrices_of(tensors, manifest.adapts[1])
+        except ValueError as error:
+            raise VerificationFailed(f"{what}: {error}") from error
 
     def find(self, model: str, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> Manifest | None:
         """The newest version of `model` with this very config and these very tensors."""

@@ -7,6 +7,7 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 
+from models.adapters import NO_ADAPTERS, Adapters
 from models.candles import CLOSE, Floats, Millis, TooFewCandles, repair_ohlc
 
 DEFAULT_LEVELS: Final = (0.1, 0.5, 0.9)
@@ -126,10 +127,11 @@ class Batch:
     inputs: Sequence[ForecastInput]
     tensors: Mapping[str, Any]
     rows: int
+    adapters: Adapters = NO_ADAPTERS
 
 
 Raw = Mapping[str, Any]
-Row = Mapping[str, np.ndarray]
+Row = Mapping[str, Any]  # arrays, and the adapter of the version that encoded it
 Wanted = Callable[[], bool]
 
 

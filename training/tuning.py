@@ -10,7 +10,7 @@ from torch import Tensor, nn
 Family = Literal["toto", "kronos"]
 
 _HEADS: Final[Mapping[Family, tuple[str, ...]]] = {"toto": ("unembed.", "output_distribution."), "kronos": ("head.",)}
-_MODULES: Final[Mapping[Family, tuple[str, ...]]] = {
+MODULES: Final[Mapping[Family, tuple[str, ...]]] = {
     "toto": ("patch_embed.projection", "wQKV", "wO", "mlp.0", "mlp.2"),
     "kronos": ("fusion_proj", "q_proj", "k_proj", "v_proj", "out_proj", "w1", "w2", "w3", "proj_s1", "proj_s2"),
 }
@@ -46,9 +46,9 @@ def _inject(network: nn.Module, family: Family, tune: TuneTable) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise RuntimeError("adapters need pip install 'candlecast[train]'") from error
-    if unknown := set(tune.modules) - set(_MODULES[family]):
-        raise ValueError(f"no adapter for {sorted(unknown)}: {family} may have them at {list(_MODULES[family])}")
-    modules = list(tune.modules or _MODULES[family])
+    if unknown := set(tune.modules) - set(MODULES[family]):
+        raise ValueError(f"no adapter for {sorted(unknown)}: {family} may have them at {list(MODULES[family])}")
+    modules = list(tune.modules or MODULES[family])
     config = LoraConfig(r=tune.rank, lora_alpha=tune.alpha, lora_dropout=tune.dropout, target_modules=modules)
     inject_adapter_in_model(config, network)
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.adapters import NO_ADAPTERS, Adapter, Adapters, Fitting, Matrices
 from models.kronos.network import DEPENDENCY_HEADS, TIME_FIELDS, Block, KronosPredictor, Rotary
 from models.kronos.quantizer import pack_bits
 from models.kronos.sampling import sample
@@ -108,8 +109,9 @@ class Candles(NamedTuple):
 class FusedBlock(nn.Module):
     """A Block with one matrix for queries, keys, values and one for both halves of the feed-forward."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Block, name: str) -> None:
         super().__init__()
+        self.name = name  # to adapters
         attention, ffn = block.self_attn, block.ffn
         self.heads = attention.heads
         self.norm1, self.norm2 = block.norm1, block.norm2
@@ -117,23 +119,38 @@ class FusedBlock(nn.Module):
         self.out = Product.of(attention.out_proj)
         self.gate_value, self.down = Product.of(ffn.w1, ffn.w3), Product.of(ffn.w2)
 
-    def project(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+    def fit(self, adapter: Fitting, published: str) -> None:
+        """Take from an adapter what lies beside the block that is called `published`."""
+        projections = [f"{published}.self_attn.{each}_proj" for each in "qkv"]
+        adapter.product(f"{self.name}.qkv", self.qkv.weight, projections)
+        adapter.product(f"{self.name}.out", self.out.weight, [f"{published}.self_attn.out_proj"])
+        adapter.product(
+            f"{self.name}.gate_value", self.gate_value.weight, [f"{published}.ffn.w1", f"{published}.ffn.w3"]
+        )
+        adapter.product(f"{self.name}.down", self.down.weight, [f"{published}.ffn.w2"])
+
+    def project(self, x: Tensor, rotary: Rotary, adapters: Adapters = NO_ADAPTERS) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values, of `x` `[..., T, D]`: `[..., N, T, W]` each."""
-        q, k, v = self.qkv(self.norm1(x)).chunk(3, dim=-1)
+        normed = self.norm1(x)
+        q, k, v = adapters.add(f"{self.name}.qkv", normed, self.qkv(normed)).chunk(3, dim=-1)
         q, k = (rotary(split_heads(part, self.heads)).to(v.dtype) for part in (q, k))
         return q, k, split_heads(v, self.heads)
 
-    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+    def finish(self, x: Tensor, attended: Tensor, adapters: Adapters = NO_ADAPTERS) -> Tensor:
         """The rest of the block after attention `[..., N, T, W]`."""
-        x = x + self.out(merge_heads(attended))
-        gate, value = self.gate_value(self.norm2(x)).chunk(2, dim=-1)
-        out: Tensor = x + self.down(swiglu(gate, value))
-        return out
+        merged = merge_heads(attended)
+        x = x + adapters.add(f"{self.name}.out", merged, self.out(merged))
+        normed = self.norm2(x)
+        gate, value = adapters.add(f"{self.name}.gate_value", normed, self.gate_value(normed)).chunk(2, dim=-1)
+        inner = swiglu(gate, value)
+        return x + adapters.add(f"{self.name}.down", inner, self.down(inner))
 
-    def forward(self, x: Tensor, rotary: Rotary, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, rotary: Rotary, mask: Tensor, adapters: Adapters = NO_ADAPTERS
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Output, keys and values of a whole context under a boolean `mask` `[B, 1, T, T]`."""
-        q, k, v = self.project(x, rotary)
-        return self.finish(x, F.scaled_dot_product_attention(q, k, v, attn_mask=mask)), k, v
+        q, k, v = self.project(x, rotary, adapters)
+        return self.finish(x, F.scaled_dot_product_attention(q, k, v, attn_mask=mask), adapters), k, v
 
 
 class KronosDecoder(nn.Module):
@@ -176,6 +193,7 @@ class KronosDecoder(nn.Module):
         self.register_buffer("coarse_table", coarse.float())
         self.register_buffer("fine_table", fine.float())
         self.register_buffer("query_table", queries)  # the dependency layer asks with the coarse token alone
+        self._unfolded = (embedding.emb_s1.weight.detach(), embedding.emb_s2.weight.detach())  # what adapters multiply
 
     @property
     def device(self) -> torch.device:
@@ -230,6 +248,24 @@ class KronosDecoder(nn.Module):
         copied.query_table = self.query_table.to(dtype)
         return copied
 
+    def fitted(self, matrices: Matrices) -> Adapter:
+        """An adapter as this network is served; WeightsMismatch if it is of another network."""
+        adapter, width, published = Fitting(matrices, self.device), self.width, "predictor.dep_layer.cross_attn"
+        for index, block in enumerate(_each(self.blocks)):
+            block.fit(adapter, f"predictor.transformer.{index}")
+        adapter.product("dependency", self.dependency.weight, [f"{published}.k_proj", f"{published}.v_proj"])
+        adapter.product("dependency_out", self.dependency_out.weight, [f"{published}.out_proj"])
+        adapter.product("coarse_head", self.coarse_head.weight, ["predictor.head.proj_s1"], self.coarse_order)
+        adapter.product("fine_head", self.fine_head.weight, ["predictor.head.proj_s2"], self.fine_order)
+        coarse, fine = (table.double() for table in self._unfolded)
+        if pair := adapter.take("predictor.embedding.fusion_proj", 2 * width, width):
+            left, right = (math.sqrt(width) * half.to(self.device).double() for half in pair[0].chunk(2, dim=1))
+            adapter.fit("coarse_table", [((left @ coarse.T).float(), pair[1])])
+            adapter.fit("fine_table", [((right @ fine.T).float(), pair[1])])
+        if pair := adapter.take(f"{published}.q_proj", width, width):
+            adapter.fit("query_table", [((pair[0].to(self.device).double() @ coarse.T).float(), pair[1])])
+        return adapter.done()
+
     # -- the four functions ----------------------------------------------------------------------
 
     def tokenize(self, x: Tensor, pad: Tensor) -> Tokens:
@@ -241,20 +277,19 @@ class KronosDecoder(nn.Module):
         coarse, fine = self.quantise(z).split((self.tokens.s1_bits, self.tokens.s2_bits), dim=-1)
         return Tokens(pack_bits(coarse), pack_bits(fine))
 
-    def prefill(self, tokens: Tokens, stamps: Tensor, pad: Tensor) -> Prefilled:
+    def prefill(self, tokens: Tokens, stamps: Tensor, pad: Tensor, adapters: Adapters = NO_ADAPTERS) -> Prefilled:
         """Everything the paths of each symbol share, from its tokens and features `[B, T, 5]`."""
         T = stamps.shape[1]
-        x = self._embed(tokens, self.time_emb(stamps))
+        x = self._embed(tokens, self.time_emb(stamps), adapters)
         rotary, mask = Rotary(_positions(T, pad), self.width // self.heads), _causal_mask(T, pad)
         keys, values = [], []
         for block in _each(self.blocks):
-            x, k, v = block(x, rotary, mask)
+            x, k, v = block(x, rotary, mask, adapters)
             keys.append(k)
             values.append(v)
         hidden = self.norm(x)
-        return Prefilled(
-            torch.stack(keys), torch.stack(values), *_halves(self.dependency(hidden)), _padding(T, pad), hidden[:, -1]
-        )
+        dependency = adapters.add("dependency", hidden, self.dependency(hidden))
+        return Prefilled(torch.stack(keys), torch.stack(values), *_halves(dependency), _padding(T, pad), hidden[:, -1])
 
     def step(
         self,
@@ -266,6 +301,7 @@ class KronosDecoder(nn.Module):
         stamps: Tensor,
         uniforms: Tensor,
         controls: Controls,
+        adapters: Adapters = NO_ADAPTERS,
     ) -> Drawn:
         """Draw one token pair per path and advance.
 
@@ -273,30 +309,37 @@ class KronosDecoder(nn.Module):
         `position` `[B]` and `stamps` `[B, 5]` are those of the drawn candle; `uniforms` `[B, S, 2]`.
         """
         empty = torch.where(torch.arange(cache.keys.shape[-2], device=hidden.device) < index, 0.0, -torch.inf)
-        coarse_logits = self.coarse_head(hidden).float()
+        coarse_logits = adapters.add("coarse_head", hidden, self.coarse_head(hidden)).float()
         coarse = self.coarse_order[sample(coarse_logits, uniforms[..., 0], *controls)]
-        asked = split_heads(F.embedding(coarse, self.query_table).unsqueeze(2), DEPENDENCY_HEADS)
+        asked = adapters.look_up("query_table", coarse, F.embedding(coarse, self.query_table))
+        asked = split_heads(asked.unsqueeze(2), DEPENDENCY_HEADS)
         found = branched_attention(
             asked,
             (prefix.dependency_keys, prefix.dependency_values, prefix.mask),
             [(cache.dependency_keys, cache.dependency_values, empty)],
         )
-        conditioned = self.dependency_norm(hidden + self.dependency_out(merge_heads(found).squeeze(2)))
-        fine_logits = self.fine_head(conditioned).float()
+        found = merge_heads(found).squeeze(2)
+        found = adapters.add("dependency_out", found, self.dependency_out(found))
+        conditioned = self.dependency_norm(hidden + found)
+        fine_logits = adapters.add("fine_head", conditioned, self.fine_head(conditioned)).float()
         fine = self.fine_order[sample(fine_logits, uniforms[..., 1], *controls)]
 
-        x = self._embed(Tokens(coarse, fine), self.time_emb(stamps).unsqueeze(1)).unsqueeze(2)
+        x = self._embed(Tokens(coarse, fine), self.time_emb(stamps).unsqueeze(1), adapters).unsqueeze(2)
         rotary = _path_rotary(position.unsqueeze(-1), self.width // self.heads)
         keys, values = [], []
         for layer, block in enumerate(_each(self.path_blocks)):
-            q, k, v = block.project(x, rotary)  # [B, S, N, 1, W]
+            q, k, v = block.project(x, rotary, adapters)  # [B, S, N, 1, W]
             own = [(cache.keys[layer], cache.values[layer], empty), (k, v, None)]
             attended = branched_attention(q, (prefix.keys[layer], prefix.values[layer], prefix.mask), own)
-            x = block.finish(x, attended)
+            x = block.finish(x, attended, adapters)
             keys.append(k)
             values.append(v)
         advanced = self.norm(x)
-        entries = (torch.stack(keys), torch.stack(values), *_halves(self.path_dependency(advanced)))
+        entries = (
+            torch.stack(keys),
+            torch.stack(values),
+            *_halves(adapters.add("dependency", advanced, self.path_dependency(advanced))),
+        )
         return Drawn(coarse, fine, advanced.squeeze(2), *entries, coarse_logits, fine_logits)
 
     def detokenize(self, context: Tokens, drawn: Tokens, pad: Tensor) -> Candles:
@@ -321,8 +364,10 @@ class KronosDecoder(nn.Module):
 
     # -- private ---------------------------------------------------------------------------------
 
-    def _embed(self, tokens: Tokens, stamps: Tensor) -> Tensor:
-        return F.embedding(tokens.coarse, self.coarse_table) + F.embedding(tokens.fine, self.fine_table) + stamps
+    def _embed(self, tokens: Tokens, stamps: Tensor, adapters: Adapters) -> Tensor:
+        coarse, fine = (F.embedding(*pair) for pair in zip(tokens, (self.coarse_table, self.fine_table), strict=True))
+        coarse = adapters.look_up("coarse_table", tokens.coarse, coarse)
+        return coarse + adapters.look_up("fine_table", tokens.fine, fine) + stamps
 
 
 def _halves(both: Tensor) -> tuple[Tensor, Tensor]:
@@ -351,7 +396,7 @@ def reordered(head: nn.Linear, order: Tensor) -> Product:
 
 
 def _fused(blocks: nn.ModuleList) -> nn.ModuleList:
-    return nn.ModuleList(FusedBlock(cast(Block, block)) for block in blocks)
+    return nn.ModuleList(FusedBlock(cast(Block, block), f"blocks.{index}") for index, block in enumerate(blocks))
 
 
 def _each(blocks: nn.ModuleList) -> list[FusedBlock]:

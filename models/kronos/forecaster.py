@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.adapters import Adapter, Adapters, Matrices
 from models.calendars import calendar_features
 from models.candles import AMOUNT, CLOSE, PRICES, VARIATES, Floats, floor_prices, repair_ohlc
 from models.configs import whole_number
@@ -59,6 +60,7 @@ class KronosForecaster:
         candle would otherwise shift every forecast."""
         self.decoder = KronosDecoder(tokenizer, predictor).eval()
         self.functions: Functions = functions_of(self.decoder)
+        self._adapter: Adapter | None = None
         self._samples: tuple[int, ...] = _FOURS
         self._indices = torch.arange(max_context, device=self.decoder.device)
         self.limits = Limits(
@@ -85,6 +87,11 @@ class KronosForecaster:
         other = copy.copy(self)
         other.functions = functions
         other._samples = _FOURS if fours else _SAMPLES
+        return other
+
+    def adapted(self, matrices: Matrices) -> Self:
+        other = self.executed_by(functions_of(self.decoder))
+        other._adapter = self.decoder.fitted(matrices)
         return other
 
     def check(self, item: ForecastInput) -> None:
@@ -116,11 +123,12 @@ class KronosForecaster:
     def encode(self, item: ForecastInput) -> Row:
         samples, stratified = item.sampling.samples, item.sampling.stratified
         uniforms = draw_uniforms(item.seed, samples, item.horizon, 2, stratified=stratified)
-        return {
+        row = {
             "candles": normalise(item.candles, item.candles),
             "stamps": calendar_features(item.local_times),
             "uniforms": np.minimum(uniforms, _LARGEST_UNIFORM),
         }
+        return row | {"adapter": self._adapter} if self._adapter else row
 
     def prepare(self, inputs: Sequence[ForecastInput], rows: Sequence[Row] | None = None) -> Batch:
         rows = rows or [self.encode(item) for item in inputs]
@@ -144,16 +152,18 @@ class KronosForecaster:
             arrays["uniforms"][index, : sampling.samples, : item.horizon] = row["uniforms"]
             arrays["temperature"][index] = sampling.temperature
             arrays["top_k"][index], arrays["top_p"][index] = sampling.top_k, sampling.top_p
-        return Batch(inputs, on_device(arrays, self.decoder.device), count)
+        tensors = on_device(arrays, self.decoder.device)
+        return Batch(inputs, tensors, count, Adapters([row.get("adapter") for row in rows]))
 
     @torch.inference_mode()
     def run(self, batch: Batch, wanted: Wanted = always) -> Raw:
         tensors, functions = batch.tensors, self.functions
+        beside = (batch.adapters,) if batch.adapters else ()
         uniforms, pad = tensors["uniforms"], tensors["pad"]
         rows, paths, slots, _ = uniforms.shape
         context = tensors["candles"].shape[1]
         tokens = functions["tokenize"](tensors["candles"], pad)
-        filled = functions["prefill"](tokens, tensors["stamps"][:, :context], pad)
+        filled = functions["prefill"](tokens, tensors["stamps"][:, :context], pad, *beside)
         prefix = filled.prefix
         cache = Cache.empty(prefix, paths, slots)
         controls = Controls(tensors["temperature"], tensors["top_k"], tensors["top_p"])
@@ -171,6 +181,7 @@ class KronosForecaster:
                 tensors["stamps"][:, context + index],
                 uniforms[:, :, index],
                 controls,
+                *beside,
             )
             hidden = step.hidden
             drawn[0, :, :, index], drawn[1, :, :, index] = step.coarse, step.fine

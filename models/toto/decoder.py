@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.adapters import NO_ADAPTERS, Adapter, Adapters, Fitting, Matrices
 from models.layers import branched_attention, copied_to, merge_heads, rotary_angles, swiglu
 from models.toto.network import XPOS_BASE, Layer, Mixture, TotoNetwork
 from models.toto.scaler import Statistics, causal_patch_scale, extend
@@ -135,53 +136,72 @@ class ServedLayer(nn.Module):
     qkv: Tensor
     qkv_bias: Tensor
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: Layer, name: str) -> None:
         super().__init__()
+        self.name = name  # to adapters
         packed, self.heads = layer.attention.wQKV, layer.attention.heads
         self.spacewise = layer.spacewise
-        width = packed.in_features // self.heads
-        order = torch.arange(3 * packed.in_features).view(3, width, self.heads).transpose(1, 2)
-        if not layer.spacewise:
-            halves = torch.cat([torch.arange(0, width, 2), torch.arange(1, width, 2)])
-            order = torch.cat([order[:2, :, halves], order[2:]])
-        self.register_buffer("qkv", packed.weight.detach()[order.flatten()])
-        self.register_buffer("qkv_bias", packed.bias.detach()[order.flatten()])
+        order = self._order(packed.in_features)
+        self.register_buffer("qkv", packed.weight.detach()[order])
+        self.register_buffer("qkv_bias", packed.bias.detach()[order])
         self.norm1, self.norm2, self.out = layer.norm1, layer.norm2, layer.attention.wO
-        self.up, self.down = layer.mlp["0"], layer.mlp["2"]
+        self.up, self.down = cast(nn.Linear, layer.mlp["0"]), cast(nn.Linear, layer.mlp["2"])
 
-    def project(self, x: Tensor) -> Tensor:
+    def _order(self, width: int) -> Tensor:
+        """Of the outputs of the published projection."""
+        order = torch.arange(3 * width).view(3, width // self.heads, self.heads).transpose(1, 2)
+        if not self.spacewise:
+            halves = torch.cat([torch.arange(0, order.shape[2], 2), torch.arange(1, order.shape[2], 2)])
+            order = torch.cat([order[:2, :, halves], order[2:]])
+        return order.flatten()
+
+    def fit(self, adapter: Fitting) -> None:
+        """Take from an adapter what lies beside this layer."""
+        published = f"transformer.{self.name}"
+        order = self._order(self.qkv.shape[1])
+        adapter.product(f"{self.name}.qkv", self.qkv, [f"{published}.attention.wQKV"], order)
+        adapter.product(f"{self.name}.out", self.out.weight, [f"{published}.attention.wO"])
+        adapter.product(f"{self.name}.up", self.up.weight, [f"{published}.mlp.0"])
+        adapter.product(f"{self.name}.down", self.down.weight, [f"{published}.mlp.2"])
+
+    def project(self, x: Tensor, adapters: Adapters) -> Tensor:
         """Queries, keys and values `[…, 3, N, W]` of `x` `[…, D]`."""
-        packed: Tensor = F.linear(self.norm1(x), self.qkv, self.qkv_bias).unflatten(-1, (3, self.heads, -1))
-        return packed
+        normed = self.norm1(x)
+        packed = adapters.add(f"{self.name}.qkv", normed, F.linear(normed, self.qkv, self.qkv_bias))
+        apart: Tensor = packed.unflatten(-1, (3, self.heads, -1))
+        return apart
 
-    def along_time(self, x: Tensor, tables: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+    def along_time(self, x: Tensor, tables: Rotation, adapters: Adapters) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values, of `x` `[B, V, P, D]`: `[B * V, N, P, W]` each."""
-        projected = self.project(x)  # [B, V, P, 3, N, W]
+        projected = self.project(x, adapters)  # [B, V, P, 3, N, W]
         q, k = rotated(projected[:, :, :, :2], tables).permute(3, 0, 1, 4, 2, 5).flatten(1, 2)
         return q, k, projected[:, :, :, 2].flatten(0, 1).transpose(1, 2)
 
-    def across(self, x: Tensor) -> Tensor:
+    def across(self, x: Tensor, adapters: Adapters) -> Tensor:
         """The layer over the variates of `x` `[B, V, P, D]`, for every patch (or path) by itself."""
-        q, k, v = self.project(x).permute(3, 0, 2, 4, 1, 5).flatten(1, 2)  # each [B * P, N, V, W]
+        q, k, v = self.project(x, adapters).permute(3, 0, 2, 4, 1, 5).flatten(1, 2)  # each [B * P, N, V, W]
         attended = F.scaled_dot_product_attention(q, k, v)
-        return self.finish(x, merge_heads(attended).unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2))
+        merged = merge_heads(attended).unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+        return self.finish(x, merged, adapters)
 
-    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+    def finish(self, x: Tensor, attended: Tensor, adapters: Adapters) -> Tensor:
         """The rest of the layer after attention `[…, D]`.
 
         A product adds its bias before or after it rounds, depending on the layout, which can depend on the batch.
         """
-        x = x + self.out(attended.contiguous())
-        gate, value = self.up(self.norm2(x)).chunk(2, dim=-1)
-        out: Tensor = x + self.down(swiglu(gate, value))
-        return out
+        attended = attended.contiguous()
+        x = x + adapters.add(f"{self.name}.out", attended, self.out(attended))
+        normed = self.norm2(x)
+        gate, value = adapters.add(f"{self.name}.up", normed, self.up(normed)).chunk(2, dim=-1)
+        inner = swiglu(gate, value)
+        return x + adapters.add(f"{self.name}.down", inner, self.down(inner))
 
 
 class TotoDecoder(nn.Module):
     """A Toto ready to serve.
 
     `values` `[B, V, P, 64]` are raw, zero where `weights` `[B, 1, P, 64]` is zero (padding on the left). In whatever
-    precision the weights are, statistics, rotations and head outputs are float32.
+    precision the weights are, statistics, rotations and head outputs are float32. `adapters` go beside float32 weights.
     """
 
     functions: tuple[str, ...] = ("forward", "prefill", "draw", "step")
@@ -200,25 +220,25 @@ class TotoDecoder(nn.Module):
         del weight  # before the layers take more
         self.patch_embed = network.patch_embed
         layers = cast(list[Layer], list(network.transformer.layers))
-        self.layers = nn.ModuleList(ServedLayer(layer) for layer in layers)
+        self.layers = nn.ModuleList(ServedLayer(layer, f"layers.{index}") for index, layer in enumerate(layers))
         timewise = [index for index, layer in enumerate(layers) if not layer.spacewise]
         self._timewise = len(timewise)
         self._last_timewise = timewise[-1] if timewise else 0
 
     # -- the four functions ----------------------------------------------------------------------
 
-    def forward(self, values: Tensor, weights: Tensor) -> Projected:
+    def forward(self, values: Tensor, weights: Tensor, adapters: Adapters = NO_ADAPTERS) -> Projected:
         """What one pass says of the next patch."""
         values, weights = values.flatten(-2), weights.flatten(-2)
         loc, scale, _ = self._scale(values, weights)
-        hidden, _ = self._read(values, weights, loc, scale)
+        hidden, _ = self._read(values, weights, loc, scale, adapters)
         return Projected(self._head(hidden)[:, :, -1], loc[..., -1], scale[..., -1])
 
-    def prefill(self, values: Tensor, weights: Tensor) -> Prefilled:
+    def prefill(self, values: Tensor, weights: Tensor, adapters: Adapters = NO_ADAPTERS) -> Prefilled:
         """As `forward`, and everything that the paths of each series share."""
         values, weights = values.flatten(-2), weights.flatten(-2)
         loc, scale, reached = self._scale(values, weights)
-        hidden, entries = self._read(values, weights, loc, scale)
+        hidden, entries = self._read(values, weights, loc, scale, adapters)
         real = self._real(weights)
         mask = torch.where(real, 0.0, -torch.inf).expand(-1, values.shape[1], -1).flatten(0, 1)
         keys, found = (torch.stack(parts) for parts in zip(*entries, strict=True))
@@ -237,13 +257,21 @@ class TotoDecoder(nn.Module):
         drawn = draw_from(Mixture(df, loc, scale, logits.log_softmax(-1)), uniforms)
         return Patch((drawn * ahead.scale.unsqueeze(-1) + ahead.loc.unsqueeze(-1)).float())
 
-    def step(self, patch: Patch, reached: Statistics, prefix: Prefix, cache: Cache, index: Tensor) -> Stepped:
+    def step(
+        self,
+        patch: Patch,
+        reached: Statistics,
+        prefix: Prefix,
+        cache: Cache,
+        index: Tensor,
+        adapters: Adapters = NO_ADAPTERS,
+    ) -> Stepped:
         """Advance every path over its drawn patch, which is number `index` after the context.
 
         Cache slots from `index` on are not yet written.
         """
         loc, scale, reached = extend(reached, patch.values)
-        x = self._embed(patch.values, loc, scale)  # [B, V, S, D]
+        x = self._embed(patch.values, loc, scale, adapters)  # [B, V, S, D]
         drawn, series = cache.keys.shape[4], prefix.keys
         tables = rotation(series.shape[3] + drawn + 1, series.shape[3] // 2, series.shape[4], x.device)
         tables = tables.at((prefix.patches.long() + index).unsqueeze(-1))
@@ -251,13 +279,15 @@ class TotoDecoder(nn.Module):
         entries: list[tuple[Tensor, Tensor]] = []
         for layer in self._layers():
             if layer.spacewise:
-                x = layer.across(x)
+                x = layer.across(x, adapters)
                 continue
-            q, k, v = (part.transpose(1, 2).unsqueeze(3) for part in layer.along_time(x, tables))  # [B * V, S, N, 1, W]
+            q, k, v = (
+                part.transpose(1, 2).unsqueeze(3) for part in layer.along_time(x, tables, adapters)
+            )  # [B * V, S, N, 1, W]
             place = len(entries)
             own = [(cache.keys[place], cache.values[place], unwritten), (k, v, None)]
             attended = branched_attention(q, (prefix.keys[place], prefix.values[place], prefix.mask), own)
-            x = layer.finish(x, merge_heads(attended).squeeze(2).unflatten(0, x.shape[:2]))
+            x = layer.finish(x, merge_heads(attended).squeeze(2).unflatten(0, x.shape[:2]), adapters)
             entries.append((k, v))
         keys, found = (torch.stack(parts) for parts in zip(*entries, strict=True))
         return Stepped(Projected(self._head(x), loc, scale), reached, Cache(keys, found))
@@ -289,6 +319,14 @@ class TotoDecoder(nn.Module):
             raise ValueError("Toto reads its weights once per pass: int8 gains nothing, use bfloat16")
         return copied_to(self, dtype)
 
+    def fitted(self, matrices: Matrices) -> Adapter:
+        """An adapter as this network is served; WeightsMismatch if it is of another network."""
+        adapter = Fitting(matrices, self.device)
+        adapter.product("patch_embed", self.patch_embed.projection.weight, ["patch_embed.projection"])
+        for layer in self._layers():
+            layer.fit(adapter)
+        return adapter.done()
+
     @property
     def patch_bytes(self) -> int:
         """Memory that a drawn patch of one variate takes: its keys and values, and its head outputs."""
@@ -302,11 +340,10 @@ class TotoDecoder(nn.Module):
     def _scale(self, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Statistics]:
         return causal_patch_scale(values, weights, self.config.patch_size, self.config.scale_exponent)
 
-    def _embed(self, values: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
+    def _embed(self, values: Tensor, loc: Tensor, scale: Tensor, adapters: Adapters) -> Tensor:
         """Patches `[…, 64]` standardised and embedded."""
-        scaled = (values - loc.unsqueeze(-1)) / scale.unsqueeze(-1)
-        embedded: Tensor = self.patch_embed(scaled.to(self.head.dtype))
-        return embedded
+        scaled = ((values - loc.unsqueeze(-1)) / scale.unsqueeze(-1)).to(self.head.dtype)
+        return adapters.add("patch_embed", scaled, self.patch_embed(scaled))
 
     def _head(self, hidden: Tensor) -> Tensor:
         projected: Tensor = F.linear(hidden, self.head, self.head_bias).float()
@@ -314,14 +351,14 @@ class TotoDecoder(nn.Module):
         return steps
 
     def _read(
-        self, values: Tensor, weights: Tensor, loc: Tensor, scale: Tensor
+        self, values: Tensor, weights: Tensor, loc: Tensor, scale: Tensor, adapters: Adapters
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Hidden states `[B, V, TAIL, D]` of the last patches, keys and values of every time-wise layer.
 
         Layers after the last time-wise one see no other patch, so earlier ones are dropped there.
         Patches without a single real candle are masked out of attention.
         """
-        x = self._embed(values.unflatten(-1, (-1, self.config.patch_size)), loc, scale)
+        x = self._embed(values.unflatten(-1, (-1, self.config.patch_size)), loc, scale, adapters)
         patches, real = x.shape[2], self._real(weights)
         mask = self._mask(real).to(x.dtype).expand(-1, x.shape[1], -1, -1).flatten(0, 1).unsqueeze(1)
         tables = rotation(patches, patches // 2, self.config.embed_dim // self.config.num_heads, x.device)
@@ -330,11 +367,11 @@ class TotoDecoder(nn.Module):
         for index, layer in enumerate(self._layers()):
             kept = patches if index < self._last_timewise else TAIL
             if layer.spacewise:
-                x = layer.across(x[:, :, -kept:])
+                x = layer.across(x[:, :, -kept:], adapters)
                 continue
-            q, k, v = layer.along_time(x, tables)
+            q, k, v = layer.along_time(x, tables, adapters)
             attended = F.scaled_dot_product_attention(q[:, :, -kept:], k, v, attn_mask=mask[:, :, -kept:])
-            x = layer.finish(x[:, :, -kept:], merge_heads(attended).unflatten(0, x.shape[:2]))
+            x = layer.finish(x[:, :, -kept:], merge_heads(attended).unflatten(0, x.shape[:2]), adapters)
             entries.append((k, v))
         return x, entries
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.adapters import Adapter, Adapters, Matrices
 from models.candles import CLOSE, HIGH, OPEN, VARIATES, VOLUME, Floats, floor_prices, repair_ohlc
 from models.configs import finite_number, whole_number
 from models.forecaster import (
@@ -75,6 +76,7 @@ class TotoForecaster:
         """
         self.decoder = TotoDecoder(network).eval()
         self.functions: Functions = functions_of(self.decoder)
+        self._adapter: Adapter | None = None
         self._patch = network.config.patch_size
         self.limits = Limits(min_context=2, max_context=max_context, max_horizon=_PATCHES * self._patch)
         self._transform = transform_of(log_scales)
@@ -104,6 +106,11 @@ class TotoForecaster:
         other.functions = functions
         return other
 
+    def adapted(self, matrices: Matrices) -> Self:
+        other = self.executed_by(functions_of(self.decoder))
+        other._adapter = self.decoder.fitted(matrices)
+        return other
+
     def check(self, item: ForecastInput) -> None:
         self.limits.check(item)
         if item.aggregate not in ("median", "mean"):
@@ -131,9 +138,9 @@ class TotoForecaster:
         return patches, bucket_of(item.sampling.samples, _SAMPLES) if patches > 1 else 0
 
     def encode(self, item: ForecastInput) -> Row:
-        row: dict[str, np.ndarray] = {
-            "series": self._transform.encode(item.candles, len(item.candles)).T.astype(np.float32)
-        }
+        row: dict[str, Any] = {"series": self._transform.encode(item.candles, len(item.candles)).T.astype(np.float32)}
+        if self._adapter:
+            row["adapter"] = self._adapter
         patches, samples = self._drawn(item)
         if samples:
             uniforms = draw_uniforms(item.seed, item.sampling.samples, patches, len(VARIATES) * self._patch * 2)
@@ -157,19 +164,23 @@ class TotoForecaster:
                 arrays["uniforms"][index, :, :, : row["uniforms"].shape[2]] = row["uniforms"]
         for name in ("values", "weights"):
             arrays[name] = arrays[name].reshape(*arrays[name].shape[:2], -1, self._patch)
-        return Batch(inputs, on_device(arrays, self.decoder.device), count)
+        tensors = on_device(arrays, self.decoder.device)
+        return Batch(inputs, tensors, count, Adapters([row.get("adapter") for row in rows]))
 
     @torch.inference_mode()
     def run(self, batch: Batch, wanted: Wanted = always) -> Raw:
         context = (batch.tensors["values"], batch.tensors["weights"])
+        beside = (batch.adapters,) if batch.adapters else ()
         if "uniforms" in batch.tensors:
-            return self._run_paths(context, batch.tensors["uniforms"], wanted)
-        return self.functions["forward"](*context)._asdict()  # type: ignore[no-any-return]
+            return self._run_paths(context, batch.tensors["uniforms"], beside, wanted)
+        return self.functions["forward"](*context, *beside)._asdict()  # type: ignore[no-any-return]
 
-    def _run_paths(self, context: tuple[Tensor, Tensor], uniforms: Tensor, wanted: Wanted) -> Raw:
+    def _run_paths(
+        self, context: tuple[Tensor, Tensor], uniforms: Tensor, beside: tuple[Adapters, ...], wanted: Wanted
+    ) -> Raw:
         """As `run`, with an axis of patches and one of paths, `[B, patches - 1, V, S, …]`, and the paths drawn."""
         functions, patches, paths = self.functions, uniforms.shape[1], uniforms.shape[3]
-        first, prefix, reached = functions["prefill"](*context)
+        first, prefix, reached = functions["prefill"](*context, *beside)
         cache = Cache.empty(prefix, paths, patches - 1)
         # Every path with statistics and head outputs of its own from the start: one shape for every step.
         reached = Statistics(*(fact.repeat_interleave(paths, dim=-1) for fact in reached))
@@ -178,7 +189,7 @@ class TotoForecaster:
         for index, place in enumerate(torch.arange(patches - 1, device=uniforms.device).unbind()):
             if not wanted():
                 raise Abandoned("nobody waits for these paths")
-            ahead, reached, entries = functions["step"](drawn[-1], reached, prefix, cache, place)
+            ahead, reached, entries = functions["step"](drawn[-1], reached, prefix, cache, place, *beside)
             cache.write(entries, index)
             later.append(ahead)
             drawn.append(functions["draw"](ahead, uniforms[:, index + 1]))

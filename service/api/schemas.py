@@ -356,12 +356,19 @@ class EvaluationAnswer(_Answer):
 class RuntimeAnswer(_Answer):
     """Which runtime answers for a version on this machine, and why."""
 
-    name: str
+    name: str = Field(
+        description="eager, compiled, onnx, cuda_graph; adapter: the eager network of `base`, to which this version"
+        " adds what its training changed."
+    )
     dtype: str
     settled: bool = Field(description="False while the eager runtime answers until the choice is ready.")
     forced: bool = Field(description="By CANDLECAST_RUNTIME; otherwise the fastest whose parity passed.")
     times_ms: dict[str, tuple[float, float]] = Field(description="Milliseconds of a batch of 1 and of 8 requests.")
     batch_invariant: bool | None = Field(description="Whether a forecast has the same bits alone and in a batch.")
+    base: str | None = Field(description="The version beside which an adapter is computed, in batches of both.")
+    canary_moved: float | None = Field(
+        description="How far an adapter's forecast is from that of its merged weights, over the width of its 80 % band."
+    )
 
 
 class FailureAnswer(_Answer):

@@ -71,8 +71,7 @@ class Job:
     enqueued: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        model = self.model
-        self.bucket = (model.name, model.version, model.runtime, model.dtype, model.forecaster.bucket(self.item))
+        self.bucket = (self.model.batched_by, self.model.forecaster.bucket(self.item))
 
     @property
     def wanted(self) -> bool:

@@ -6,6 +6,7 @@ import itertools
 import logging
 import threading
 import time
+from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -224,7 +225,8 @@ class Engine:
         self._batcher.record(jobs[0].bucket, batch.rows, running.seconds())
         self._metrics.batch_rows.labels(name).observe(len(jobs))
         self._metrics.batches_released.labels(name, running.bound.reason).inc()
-        self._metrics.computed_rows.labels(name, "asked").inc(len(jobs))
+        for each, asked in Counter(job.model.name for job in jobs).items():  # adapters of one base may have other names
+            self._metrics.computed_rows.labels(each, "asked").inc(asked)
         self._metrics.computed_rows.labels(name, "padding").inc(batch.rows - len(jobs))
 
     def _computed(self, job: Job, forecast: Forecast, running: _Running) -> Computed:

@@ -15,11 +15,14 @@ from typing import Final
 from prometheus_client import Metric
 from prometheus_client.core import GaugeMetricFamily
 
-from model_store.files import StoreError
-from model_store.manifest import VERSION, Manifest
+from model_store.canary import check_canary
+from model_store.files import StoreError, VerificationFailed
+from model_store.manifest import ADAPTER, CONFIG, VERSION, Manifest
 from model_store.store import PRODUCTION, SHADOW, LoadedVersion, ModelStore
+from models.adapters import Adaptable
 from models.candles import SYMBOL
 from models.forecaster import Forecaster, InvalidModelOutput
+from models.layers import WeightsMismatch
 from service.engine.failures import Failures, ModelUnavailable, NoRoom, Unfit
 from service.engine.memory import DRAIN_SECONDS, Leaving
 from service.engine.selection import Choice, Selection
@@ -27,10 +30,20 @@ from service.metrics import Metrics, Snapshot
 
 _log = logging.getLogger(__name__)
 
+ADAPTED: Final = "adapter"  # the runtime of a version that is computed as an adapter of another one in memory
+
 _LOOK_SECONDS: Final = 0.25
 
 Build = Callable[[LoadedVersion, str], Forecaster]  # of a stored version, on a device
 Key = tuple[str, str]  # name of a model, alias
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The version in memory whose network an adapter is added to, and how far the forecast is from merged weights'."""
+
+    base: str  # name@version
+    canary_moved: float  # of the canary's 80 % band
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,7 @@ class LoadedModel:
     dtype: str = "float32"
     settled: bool = True  # False while it answers in place of the runtime chosen for this machine
     choice: Choice | None = None
+    beside: Beside | None = None  # where it is an adapter of another version
 
     @property
     def name(self) -> str:
@@ -63,6 +77,11 @@ class LoadedModel:
         return self.name, self.version, self.runtime, self.dtype
 
     @property
+    def batched_by(self) -> tuple[str, str, str]:
+        """Equal for models whose requests may share a batch: an adapter's are computed with those of its base."""
+        return (self.beside.base, "eager", self.dtype) if self.beside else (self.exact, self.runtime, self.dtype)
+
+    @property
     def family(self) -> str:
         return self.manifest.family
 
@@ -81,6 +100,7 @@ class _Held:
     """A version in memory, or on its way there."""
 
     bytes: int = 0
+    base: str | None = None  # the version that it is or becomes an adapter of, which stays in memory
     model: LoadedModel | None = None
     load: asyncio.Task[None] | None = None
     settling: asyncio.Task[None] | None = None
@@ -356,16 +376,20 @@ class Registry:
         name, started = exact.partition("@")[0], time.monotonic()
         try:
             manifest = await asyncio.to_thread(self.store.manifest, exact)
-            held.bytes = sum(entry.bytes for entry in manifest.files.values())
-            await self._make_room(exact)
-            held.model = await asyncio.to_thread(self._read, exact)
+            held.base = await asyncio.to_thread(self._base_of, manifest)
+            if held.base is None or not await self._load_beside(manifest, held, held.base):
+                held.base = None
+                held.bytes = sum(entry.bytes for entry in manifest.files.values())
+                await self._make_room(exact)
+                held.model = await asyncio.to_thread(self._read, exact)
         except Exception as error:  # noqa: BLE001 - whoever waits hears that it cannot be loaded
             del self._held[exact]
             self.failures.note(exact, error)
             return
         finally:
             held.load = None
-        held.settling = asyncio.create_task(self._settle(exact, held), name=f"settle {exact}")
+        if held.base is None:
+            held.settling = asyncio.create_task(self._settle(exact, held), name=f"settle {exact}")
         self.failures.loaded(exact)
         self._metrics.expect_model(name)
         self._metrics.model_ready.labels(name).set(1)
@@ -375,6 +399,50 @@ class Registry:
         found = self.store.load(exact)
         forecaster = self._build(found, self._device)
         return LoadedModel(found.manifest, forecaster, settled=not self._selection.is_open(found.manifest))
+
+    def _base_of(self, manifest: Manifest) -> str | None:
+        """What a version can be served as an adapter of: an equal network, of which the store has the whole weights.
+
+        One with a runtime that was built for it is served by that.
+        """
+        if manifest.adapts is None or manifest.canary is None or self._selection.has_artefacts(manifest):
+            return None
+        exact, _ = manifest.adapts
+        try:
+            base = self.store.manifest(exact)
+        except StoreError:
+            return None
+        return exact if base.adapts is None and base.files[CONFIG] == manifest.files[CONFIG] else None
+
+    async def _load_beside(self, manifest: Manifest, held: _Held, base: str) -> bool:
+        """Load a version as an adapter of `base`; False where that cannot be, but its whole weights may still do."""
+        exact = f"{manifest.model}@{manifest.version}"
+        try:
+            found = await self._loaded(base)
+            held.bytes = manifest.files[ADAPTER].bytes
+            await self._make_room(exact)
+            held.model = await asyncio.to_thread(self._read_beside, manifest, found)
+        except (ModelUnavailable, NoRoom, Unfit) as error:
+            _log.warning("%s is loaded whole, not as an adapter of %s: %s", exact, base, error)
+            return False
+        return True
+
+    def _read_beside(self, manifest: Manifest, base: LoadedModel) -> LoadedModel:
+        """Unfit where base and adapter forecast something else than the whole weights did."""
+        exact = f"{manifest.model}@{manifest.version}"
+        matrices = self.store.matrices(exact)
+        if not isinstance(base.forecaster, Adaptable):
+            raise Unfit(f"{base.exact} takes no adapters")
+        try:
+            forecaster = base.forecaster.adapted(matrices)
+        except WeightsMismatch as error:
+            raise VerificationFailed(f"{exact}: {error}") from error
+        assert manifest.canary
+        try:
+            moved = check_canary(manifest.canary, forecaster)
+        except ValueError as error:
+            raise Unfit(f"{exact}: {error}") from error
+        return LoadedModel(manifest, forecaster, ADAPTED, beside=Beside(base.exact, moved))
 
     async def _settle(self, exact: str, held: _Held) -> None:
         """Put the runtime chosen for this machine in the place of the eager one."""
@@ -398,7 +466,7 @@ class Registry:
         budget = await asyncio.to_thread(self._budget)  # to ask a GPU may take seconds
         self._metrics.model_memory.labels("budget").set(budget)
         until = time.monotonic() + DRAIN_SECONDS
-        while (taken := self.bytes) > budget and taken > (needed := self._held[exact].bytes):
+        while (taken := self.bytes) > budget and taken > (needed := self._bytes_with_base(exact)):
             if (victim := self._dispensable()) is not None:
                 _log.info("%s makes room for %s", victim, exact)
                 self._drop(victim)
@@ -411,10 +479,18 @@ class Registry:
                     f" {budget / 1e9:.3g} GB are taken: raise CANDLECAST_MEMORY_BUDGET_GB"
                 )
 
+    def _bytes_with_base(self, exact: str) -> int:
+        base = self._held.get(self._held[exact].base or "")
+        return self._held[exact].bytes + (base.bytes if base else 0)
+
     def _needed(self) -> set[str]:
-        """What an alias means or is about to; a symbol's version can be loaded again when it is asked for."""
+        """What an alias means or is about to, and what adapters are added to.
+
+        A symbol's version can be loaded again when it is asked for.
+        """
         served = {exact for key, exact in self._serving.items() if not _is_symbol(key)}
-        return served | {exact for key in self._swaps if (exact := self._target(key))}
+        bases = {held.base for held in self._held.values() if held.base}
+        return served | bases | {exact for key in self._swaps if (exact := self._target(key))}
 
     def _dispensable(self) -> str | None:
         needed, symbols = self._needed(), set(self._serving.values())
@@ -426,9 +502,12 @@ class Registry:
         return min(found)[2] if found else None
 
     def _release(self) -> None:
-        """Let go every version that no alias means any more, unless it is asked for by its version."""
-        kept = self._needed() | set(self._serving.values())
-        for exact, held in list(self._held.items()):
+        """Let go every version that no alias means any more, unless it is asked for by its version.
+
+        Adapters first, whose bases may then be needed by nobody.
+        """
+        for exact, held in sorted(self._held.items(), key=lambda pair: pair[1].base is None):
+            kept = self._needed() | set(self._serving.values())
             if held.model and not held.settling and not held.by_version and exact not in kept:
                 self._drop(exact)
 

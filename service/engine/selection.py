@@ -75,6 +75,10 @@ class Selection:
         """Whether anything but the eager float32 runtime could be chosen."""
         return bool(self._candidates(manifest))
 
+    def has_artefacts(self, manifest: Manifest) -> bool:
+        """Whether a runtime was built for this very version."""
+        return bool(self._artefacts(manifest))
+
     def settle(self, manifest: Manifest, eager: Forecaster, *, again: bool = False) -> tuple[Choice, Forecaster]:
         """The choice and the forecaster that it means; made now, in seconds, unless it is remembered.
 

@@ -10,7 +10,7 @@ import pytest
 from model_store.manifest import Manifest
 from models.forecaster import ForecastInput
 from service.engine.batcher import Batcher, Bound, DeadlineExceeded, EngineStopped, Job, Overloaded
-from service.engine.registry import LoadedModel
+from service.engine.registry import Beside, LoadedModel
 from tests.service.conftest import Faulty, PutNaive
 
 pytestmark = pytest.mark.anyio
@@ -160,3 +160,12 @@ async def test_versions_runtimes_and_dtypes_never_share_a_batch(job: MakeJob, pu
     ):
         buckets.add(Job(model, one.item, one.future, one.deadline, one.deadline).bucket)
     assert len(buckets) == 4
+
+
+async def test_an_adapter_shares_batches_with_its_base_only_while_that_is_eager(job: MakeJob, put_naive: Any) -> None:
+    base = job()
+    manifest = put_naive(created_at="2025-03-03T00:00:00Z")
+    own = LoadedModel(manifest, base.model.forecaster, "adapter", beside=Beside(base.model.exact, 0.0))
+    compiled = LoadedModel(base.model.manifest, base.model.forecaster, runtime="compiled")
+    adapter, fast = (Job(model, base.item, base.future, base.deadline, base.deadline) for model in (own, compiled))
+    assert adapter.bucket == base.bucket != fast.bucket

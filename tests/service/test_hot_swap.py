@@ -52,9 +52,9 @@ def put_toto(store: ModelStore, tinies: Any) -> Callable[..., str]:
     return put
 
 
-def corrupt(store: ModelStore, version: str, model: str = "toto-demo") -> Path:
-    """Flip a bit of the weights; where they lie."""
-    path = Path(store.root) / model / version / WEIGHTS
+def corrupt(store: ModelStore, version: str, model: str = "toto-demo", file: str = WEIGHTS) -> Path:
+    """Flip a bit of the weights, or of another file; where they lie."""
+    path = Path(store.root) / model / version / file
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)

@@ -7,6 +7,7 @@ import torch
 from pydantic import ValidationError
 
 from bench.service import put_version
+from model_store.canary import check_canary
 from model_store.manifest import ADAPTER, SCORES, WEIGHTS
 from models.families import build_forecaster
 from models.forecaster import Sampling
@@ -67,6 +68,9 @@ def test_reload_gives_the_validation_metric_of_training(store, make_recipe, tmp_
         for name, tensor in again.items():
             torch.testing.assert_close(tensor, version.weights[name], rtol=1e-5, atol=1e-7)
         assert crps_on_val(recipe, version.config, again) == pytest.approx(min(judged), rel=1e-5)
+        beside = base.build().adapted(store.matrices("tuned@candidate"))
+        assert check_canary(manifest.canary, beside) < 1e-3
+        assert manifest.adapts == (f"{family}-demo@{base.manifest.version}", 2.0)
 
 
 def merge_again(recipe, base, adapter):

@@ -156,6 +156,8 @@ def _runtime(model: LoadedModel) -> RuntimeAnswer:
         forced=choice.forced if choice else False,
         times_ms=choice.times_ms if choice else {},
         batch_invariant=choice.batch_invariant if choice else None,
+        base=model.beside.base if model.beside else None,
+        canary_moved=model.beside.canary_moved if model.beside else None,
     )
 
 

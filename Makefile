@@ -5,7 +5,7 @@
 
 BIN := .venv/bin
 PINS := -c requirements.lock -c constraints.txt
-SOURCES := models model_store training service feeds bench monitoring tests candlecast.py
+SOURCES := models model_store training service feeds client examples bench monitoring tests candlecast.py
 DEVICE ?= cpu
 # The first Python on the PATH that is new enough; PYTHON=... overrides it.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \

@@ -3,9 +3,13 @@
 import asyncio
 import json
 import math
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+
+from models.forecaster import ForecastInput, Row
+from models.naive import NaiveForecaster
 
 pytestmark = pytest.mark.anyio
 
@@ -164,6 +168,30 @@ async def test_daily_exchange_candles_are_forecast_on_trading_days(client: Any) 
     monday, juneteenth = 1750032000000, 1750291200000
     assert answer["forecast"][0][0] == monday
     assert juneteenth not in [row[0] for row in answer["forecast"]]
+
+
+class Watching(NaiveForecaster):
+    """Keeps what it is asked."""
+
+    def __init__(self) -> None:
+        self.seen: list[ForecastInput] = []
+
+    def encode(self, item: ForecastInput) -> Row:
+        self.seen.append(item)
+        return super().encode(item)
+
+
+async def test_the_model_is_told_the_time_of_the_exchange_over_summer_time(running: Any) -> None:
+    watching = Watching()
+    friday = 1709908200000  # 8 March 2024, 9:30 in New York, the last day of winter time there
+    opens = [friday + HOUR * k for k in range(7)]
+    body = {"candles": [[at, 10.0, 11.0, 9.0, 10.0, 1.0] for at in opens], "interval": "1h", "calendar": "XNYS"}
+    async with running(build=lambda *_: watching) as (client, _):
+        await forecast(client, **body | {"horizon": 2})
+    item = next(each for each in watching.seen if each.timestamps[0] == friday)
+    assert item.future_timestamps.tolist() == [at + 71 * HOUR for at in opens[:2]]  # Monday, an hour earlier in UTC
+    shown = [f"{datetime.fromtimestamp(at / 1000, UTC):%a %H:%M}" for at in item.local_times.tolist()]
+    assert (shown[0], shown[6], shown[7:]) == ("Fri 09:30", "Fri 15:30", ["Mon 09:30", "Mon 10:30"])
 
 
 async def test_a_version_without_an_evaluation_does_not_predict(client: Any, rows: Any) -> None:

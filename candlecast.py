@@ -563,6 +563,49 @@ def evaluate(
 
 
 @main.command()
+@click.argument("names", metavar="NAME NAME...", nargs=-1, required=True)
+@click.option("--name", default="ensemble", show_default=True, help="Of the ensemble in the store.")
+@click.option("--horizon", type=click.IntRange(1), help="Its most steps; default: the shortest usual one of NAMEs.")
+@click.option("--stride", type=click.IntRange(1), default=8, show_default=True, help="Candles between origins.")
+@click.option("--val-from", type=Day, default="2009-01-01", show_default=True, help="Weights are learnt from here on.")
+@click.option("--test-from", type=Day, default="2010-06-01", show_default=True, help="And judged from here on.")
+@click.option(
+    "--unseen", default="IBM", show_default=True, callback=_listed, help="Comma-separated symbols held out of training."
+)
+@DataFolder
+@StoreRoot
+@JsonFlag
+def blend(names: tuple[str, ...], folder: Path, store_root: str, as_json: bool, **options: Any) -> None:
+    """Blend versions into an ensemble: weights from the val part, judged on test and unseen windows, and stored.
+
+    \b
+    Example: candlecast blend toto-demo kronos-demo
+    """
+    from rich.console import Console
+
+    from model_store.store import ModelStore
+    from models.scoring import group_name
+    from training.blend import blend
+    from training.progress import bars
+    from training.report import as_json as entries_json
+    from training.report import table
+
+    with bars(quiet=as_json) as track:
+        found = blend(ModelStore(store_root), names, folder, track=track, **options)
+    manifest = found.manifest
+    if as_json:
+        told = {"model": manifest.model, "version": manifest.version, "weights": found.weights}
+        click.echo(json.dumps(told | {"notes": found.notes, "evaluations": entries_json(found.entries)}))
+        return
+    Console(width=100).print(table(found.entries))
+    shares = [
+        f"steps {group_name(group)}: {', '.join(f'{share:.2f} {name}' for share, name in zip(row, names, strict=True))}"
+        for group, row in enumerate(found.weights)
+    ]
+    _print_version(manifest, as_json, [*shares, *found.notes])
+
+
+@main.command()
 @click.argument("folder", default=Path("data/samples"), type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option(
     "--models",
@@ -1148,7 +1191,7 @@ def gc(keep: int, delete: bool, reason: str | None, store_root: str, as_json: bo
 @StoreRoot
 @JsonFlag
 def pack(reference: str, file: Path, store_root: str, as_json: bool) -> None:
-    """Write a version to FILE.tar, to be carried to another store; runtimes stay behind.
+    """Write a version to FILE.tar, to be carried to another store; runtimes and an ensemble's members stay behind.
 
     \b
     Example: candlecast store pack toto-demo toto-demo.tar
@@ -1156,7 +1199,10 @@ def pack(reference: str, file: Path, store_root: str, as_json: bool) -> None:
     from model_store.store import ModelStore
     from model_store.tar import pack
 
-    _print_version(pack(ModelStore(store_root), reference, file), as_json, [f"is in {file}"])
+    root = ModelStore(store_root)
+    manifest = pack(root, reference, file)
+    apart = [f"pack its member too: {member}" for member in root.members(manifest)]
+    _print_version(manifest, as_json, [f"is in {file}", *apart])
 
 
 @store.command()

@@ -1,6 +1,6 @@
 """What a version must show before it serves."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model_store.canary import check_canary
-from model_store.files import StoreError
+from model_store.files import StoreError, VerificationFailed
 from model_store.manifest import Canary, Evaluation, Manifest, Metric
 from models.candles import Floats
+from models.forecaster import Forecaster
 from models.scoring import block_bootstrap
 
 _METRIC: Final = "skill_vs_naive"
@@ -24,13 +25,11 @@ class PromotionRefused(StoreError):
     """The gate said no; `--force REASON` overrides what it says about scores."""
 
 
-def refuse_unlike(manifest: Manifest, canary: Canary, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
+def refuse_unlike(manifest: Manifest, canary: Canary, build: Callable[[], Forecaster]) -> str:
     """PromotionRefused unless the version forecasts here what it did where it was stored; a note where it does."""
-    from models.families import build_forecaster  # both networks
-
     try:
-        check_canary(canary, build_forecaster(manifest.family, config, weights))
-    except ValueError as error:
+        check_canary(canary, build())
+    except (ValueError, VerificationFailed) as error:
         raise PromotionRefused(f"{manifest.model}@{manifest.version} does not forecast as it did: {error}") from error
     return "it forecasts as it did where it was stored"
 

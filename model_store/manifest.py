@@ -60,7 +60,10 @@ class Metric(_Strict):
     value: float
     naive: float | None = None
     walk: float | None = Field(default=None, description="The EWMA random walk's score.")
-    base: float | None = Field(default=None, description="The score of the version that this one was tuned from.")
+    base: float | None = Field(
+        default=None,
+        description="The score of the version that this one was tuned from, or of an ensemble's best member.",
+    )
     low: float | None = None
     high: float | None = None
 
@@ -201,7 +204,7 @@ class Manifest(_Strict):
     model: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
     version: str = ""
     symbol: str | None = Field(default=None, description="The one it was trained for alone; null: it is for all.")
-    family: Literal["toto", "kronos", "naive"]
+    family: Literal["toto", "kronos", "naive", "ensemble"]
     origin: Origin
     limits: ModelLimits
     files: dict[FileName, FileEntry] = Field(json_schema_extra={"additionalProperties": False})

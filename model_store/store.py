@@ -47,6 +47,7 @@ from model_store.roots import root_of
 from model_store.signatures import check_signature, signature_of, trusted_key
 from model_store.tensors import read_tensors, tensors_of
 from models.candles import SYMBOL
+from models.ensemble import ENSEMBLE, EnsembleForecaster, member_of, members_of
 
 if TYPE_CHECKING:
     from models.adapters import Matrices
@@ -72,14 +73,18 @@ class LoadedVersion:
     config: Mapping[str, Any]
     weights: Mapping[str, torch.Tensor]
     adapter: Mapping[str, torch.Tensor]  # what the weights have added in; mostly there is none
+    members: tuple["LoadedVersion", ...] = ()  # of an ensemble
 
     def build(self, device: str = "cpu") -> "Forecaster":
         """What forecasts with it; VerificationFailed where the config and the tensors are not of one network."""
         from models.families import build_forecaster  # the networks take a second to import
 
         try:
+            if self.members:
+                built = [member_of(member.build(device), member.manifest.serving) for member in self.members]
+                return EnsembleForecaster.from_config(self.config, built)
             return build_forecaster(self.manifest.family, self.config, self.weights, device)
-        except ValueError as error:
+        except (KeyError, ValueError) as error:
             raise VerificationFailed(f"{self.manifest.model}@{self.manifest.version}: {error}") from error
 
 
@@ -154,11 +159,31 @@ class ModelStore:
         """Its `config.json`, verified, without its weights."""
         return _parse_config(self._read_file(manifest, CONFIG), f"{manifest.model}@{manifest.version}")
 
+    def members(self, manifest: Manifest) -> tuple[str, ...]:
+        """`name@version` of every member of an ensemble; nothing for other families.
+
+        VerificationFailed where it names none, or what is an ensemble or is not in the store.
+        """
+        if manifest.family != ENSEMBLE:
+            return ()
+        what = f"{manifest.model}@{manifest.version}"
+        try:
+            found = members_of(self.config(manifest))
+            for name in found:
+                if not VERSION.fullmatch(name.partition("@")[2]) or self.manifest(name).family == ENSEMBLE:
+                    raise ValueError(f"{name[:80]} is not the exact version of a model by itself")
+        except (ValueError, VersionNotFound) as error:
+            raise VerificationFailed(f"{what}: {error}") from error
+        return found
+
     def verify(self, reference: str) -> Manifest:
-        """Hash every file of the version; VerificationFailed names the first that differs."""
+        """Hash every file of the version, and of an ensemble's members; VerificationFailed names the first that
+        differs."""
         manifest = self._trusted(reference)
         self._at.check(f"{manifest.model}/{manifest.version}", manifest.files)
         self._hash(manifest)
+        for member in self.members(manifest):
+            self.verify(member)
         return manifest
 
     def files(self, reference: str) -> tuple[Manifest, dict[str, bytes]]:
@@ -173,8 +198,11 @@ class ModelStore:
             }
         return manifest, {MANIFEST: data, **contents}
 
-    def load(self, reference: str) -> LoadedVersion:
-        """The version's config and tensors; the bytes that were hashed are the bytes that are used."""
+    def load(self, reference: str, *, alone: bool = False) -> LoadedVersion:
+        """The version's config and tensors; the bytes that were hashed are the bytes that are used.
+
+        With an ensemble come its members, unless it is loaded `alone`.
+        """
         manifest = self._trusted(reference)
         files, what = manifest.files, f"{manifest.model}@{manifest.version}"
         with self._folder(manifest) as home:
@@ -183,7 +211,8 @@ class ModelStore:
                 read_tensors(home / name, files[name], f"{what}: {name}") if name in files else {}
                 for name in (WEIGHTS, ADAPTER)
             )
-        return LoadedVersion(manifest, config, weights, adapter)
+        members = () if alone else tuple(self.load(member) for member in self.members(manifest))
+        return LoadedVersion(manifest, config, weights, adapter, members)
 
     def matrices(self, reference: str) -> "Matrices":
         """Those of the version's adapter, verified; none of its other files is read."""
@@ -432,7 +461,7 @@ class ModelStore:
         check_runtimes(self.root / manifest.model / manifest.version)
         if manifest.canary is None:
             return manifest, ["it carries no canary"]
-        return manifest, [refuse_unlike(manifest, manifest.canary, found.config, found.weights)]
+        return manifest, [refuse_unlike(manifest, manifest.canary, found.build)]
 
     def _leases(self, model: str) -> dict[str, tuple[bool, set[str]]]:
         """By name, whether it has run out and the versions it holds."""

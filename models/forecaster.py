@@ -76,13 +76,18 @@ class ForecastInput:
 
 
 # What a request gets that asks for nothing, by family: steps, and candles taken from a history.
-DEFAULT_HORIZON: Final = {"toto": 64, "kronos": 30, "naive": 30}
+DEFAULT_HORIZON: Final = {"toto": 64, "kronos": 30, "naive": 30, "ensemble": 30}
 DEFAULT_LOOKBACK: Final = {"kronos": 64}  # others: all that the version can take
 
 
 def served_sampling(serving: Mapping[str, Any]) -> Sampling:
     """The sampling of a version whose manifest has these serving defaults."""
     return Sampling(**{name: serving[name] for name in Sampling.__dataclass_fields__ if name in serving})
+
+
+def usual_lookback(family: str, serving: Mapping[str, Any], most: int) -> int:
+    """Candles that a version sees of a history, by its serving defaults; `most` is all that it can."""
+    return int(serving.get("lookback", DEFAULT_LOOKBACK.get(family, most)))
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,10 @@ class Limits:
     max_horizon: int
     max_total: int | None = None  # context + horizon, where positions are shared (Kronos)
 
+    def room(self, horizon: int) -> int:
+        """The longest context before `horizon` steps."""
+        return self.max_context if self.max_total is None else min(self.max_context, self.max_total - horizon)
+
     def check(self, item: ForecastInput) -> None:
         """TooFewCandles or ModelError unless `item` fits."""
         context = len(item.candles)
@@ -114,7 +123,7 @@ class Limits:
             raise TooFewCandles(self.min_context, context)
         if item.horizon > self.max_horizon:
             raise ModelError(f"the model forecasts {self.max_horizon} steps at most", "horizon", "horizon_too_long")
-        room = self.max_context if self.max_total is None else min(self.max_context, self.max_total - item.horizon)
+        room = self.room(item.horizon)
         if context > room:
             detail = f"with {item.horizon} steps ahead the model sees {room} candles at most, not {context}"
             raise ModelError(detail, "lookback", "lookback_out_of_range")

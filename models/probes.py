@@ -16,13 +16,13 @@ def usual_size(forecaster: Forecaster) -> tuple[int, int]:
     """Context and horizon of a request that asks for nothing special."""
     limits, family = forecaster.limits, forecaster.family
     horizon = min(DEFAULT_HORIZON[family], limits.max_horizon)
-    return min(DEFAULT_LOOKBACK.get(family, limits.max_context), _room(forecaster, horizon)), horizon
+    return min(DEFAULT_LOOKBACK.get(family, limits.max_context), limits.room(horizon)), horizon
 
 
 def usual_contexts(forecaster: Forecaster) -> list[int]:
     """The lengths that callers' own candles may have, one per bucket, the longest first."""
     _, horizon = usual_size(forecaster)
-    length = _room(forecaster, horizon)
+    length = forecaster.limits.room(horizon)
     found: dict[Hashable, int] = {}
     while length >= forecaster.limits.min_context:
         found.setdefault(forecaster.bucket(probe(forecaster, 0, context=length)), length)
@@ -68,12 +68,6 @@ def _same_bits(one: Forecast, other: Forecast) -> bool:
     pairs = [(one.point, other.point), (one.prob_up, other.prob_up)]
     pairs += [(one.quantiles[name], other.quantiles[name]) for name in one.quantiles]
     return all(np.array_equal(a, b) for a, b in pairs)
-
-
-def _room(forecaster: Forecaster, horizon: int) -> int:
-    """The longest context before `horizon` steps."""
-    limits = forecaster.limits
-    return limits.max_context if limits.max_total is None else min(limits.max_context, limits.max_total - horizon)
 
 
 def _walk(length: int, seed: int) -> Floats:

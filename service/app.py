@@ -39,6 +39,7 @@ from service.score.evaluator import Evaluator
 from service.score.ledger import Ledger
 from service.score.published import Published
 from service.score.register import Register
+from service.score.weights import LiveWeights
 from service.services import Clock, Services, wall_clock
 from service.settings import Settings
 from service.state import State
@@ -117,7 +118,7 @@ def build_services(settings: Settings, *, build: Build = LoadedVersion.build, no
     registry = Registry(
         store,
         build,
-        {"toto": settings.toto, "kronos": settings.kronos},
+        {"toto": settings.toto, "kronos": settings.kronos, "ensemble": settings.ensemble},
         settings.device,
         selection,
         partial(engine.rehearse, seconds=settings.request_timeout_ms / 1000),
@@ -125,7 +126,8 @@ def build_services(settings: Settings, *, build: Build = LoadedVersion.build, no
         metrics,
     )
     history, ledger = History(state, metrics), Ledger(state, metrics)
-    evaluator = Evaluator(ledger, history, store, now, metrics)
+    weights = LiveWeights(state, store, now, live=settings.ensemble_live)
+    evaluator = Evaluator(ledger, history, store, now, metrics, weights.follow)
     if settings.role != "api":
         metrics.registry.register(Published(evaluator, settings.metric_symbols))
     return Services(
@@ -143,6 +145,7 @@ def build_services(settings: Settings, *, build: Build = LoadedVersion.build, no
         engine=engine,
         ledger=ledger,
         register=Register(ledger, metrics, now),
+        weights=weights,
         evaluator=evaluator,
         watch=WatchList(() if settings.role == "evaluator" else settings.watch, settings.max_streams, metrics),
         now=now,

@@ -22,6 +22,7 @@ from service.metrics import Metrics
 from service.score.evaluator import Evaluator
 from service.score.ledger import Ledger
 from service.score.register import Register
+from service.score.weights import LiveWeights
 from service.settings import Settings
 from service.state import State
 
@@ -51,6 +52,7 @@ class Services:
     engine: Engine
     ledger: Ledger
     register: Register
+    weights: LiveWeights
     evaluator: Evaluator
     watch: WatchList
     repeats: Repeats = field(default_factory=Repeats)

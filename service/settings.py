@@ -62,6 +62,12 @@ class Settings(BaseSettings):
     redis_url: str | None = Field(None, description="Redis to use; without it a private one runs under home.")
     toto: str = Field("toto-demo", description="The model that a request's `toto` means.")
     kronos: str = Field("kronos-demo", description="The model that a request's `kronos` means.")
+    ensemble: str = Field("ensemble", description="The model that a request's `ensemble` means.")
+    ensemble_live: bool = Field(
+        True,
+        description="Ensembles' weights follow the realised scores, slowly; each answer names which it had, and every"
+        " change can be taken back. false: the published weights, and nothing else.",
+    )
     device: str = Field("cpu", description="Torch device that the models run on.")
     memory_budget_gb: PositiveFloat | None = Field(
         None,

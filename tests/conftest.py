@@ -3,7 +3,7 @@
 import hashlib
 import importlib.util
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +12,10 @@ import torch
 
 from bench.published import KRONOS_TINY, TOTO_TINY, random_weights, toto_config
 from bench.service import put_version
+from model_store.canary import canary_of
 from model_store.manifest import Manifest
 from model_store.store import ModelStore
+from models.ensemble import EnsembleForecaster, member_of
 from models.families import build_forecaster
 from models.forecaster import Forecaster
 
@@ -105,5 +107,29 @@ def put_tiny(tiny: dict[str, Tiny]) -> Callable[[ModelStore, str], Manifest]:
         config, weights = tiny[family]
         cloned = {name: tensor.clone() for name, tensor in weights.items()}
         return store.manifest(put_version(store, f"{family}-demo", family, config, cloned))
+
+    return put
+
+
+@pytest.fixture(scope="session")
+def put_ensemble() -> Callable[..., Manifest]:
+    """Store an ensemble of production versions: `put(store, ["toto-demo", "kronos-demo"], [[0.25, 0.75], ...])`."""
+
+    def put(store: ModelStore, names: Sequence[str], weights: Sequence[Sequence[float]], horizon: int = 30) -> Manifest:
+        members = ["@".join(store.resolve(name)) for name in names]
+        config = {"members": members, "weights": weights, "max_horizon": horizon, "learnt": {"until": "2010-05-28"}}
+        fields = {
+            "model": "ensemble",
+            "family": "ensemble",
+            "origin": {"kind": "trained", "source": f"blend of {', '.join(members)}"},
+            "limits": {"min_context": 2, "max_context": 512, "max_horizon": horizon},
+            "created_at": "2025-02-01T00:00:00Z",
+        }
+        parts = [store.load(member) for member in members]
+        built = [member_of(part.build(), part.manifest.serving) for part in parts]
+        canary = canary_of(EnsembleForecaster.from_config(config, built))
+        found = store.put(fields | {"canary": canary}, config, {})
+        store.promote(f"ensemble@{found.version}", force="test")
+        return found
 
     return put

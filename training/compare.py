@@ -7,13 +7,13 @@ from datetime import date
 from pathlib import Path
 
 from model_store.store import ModelStore
-from models.forecaster import DEFAULT_LOOKBACK, Forecaster, Sampling, served_sampling
+from models.forecaster import Forecaster, Sampling, served_sampling, usual_lookback
 from training.baselines import LOOKBACK, baseline
 from training.evaluate import side_by_side
 from training.judged import Judged, judge
 from training.packed import pack_folder
 from training.train import Track, refuse_leak
-from training.windows import Origins, Part, rolling_origins, split_from_recipe
+from training.windows import Origins, Part, Split, day, rolling_origins, split_from_recipe
 
 
 def load_forecaster(store: ModelStore, reference: str) -> tuple[str, Forecaster, int, Sampling]:
@@ -21,11 +21,10 @@ def load_forecaster(store: ModelStore, reference: str) -> tuple[str, Forecaster,
     version = store.load(reference)
     manifest = version.manifest
     forecaster = version.build()
-    usual = DEFAULT_LOOKBACK.get(manifest.family, manifest.limits.max_context)
     return (
         f"{manifest.model}@{manifest.version}",
         forecaster,
-        int(manifest.serving.get("lookback", usual)),
+        usual_lookback(manifest.family, manifest.serving, manifest.limits.max_context),
         served_sampling(manifest.serving),
     )
 
@@ -56,7 +55,7 @@ def compare(
     steps = horizon or min(min(f.limits.max_horizon for _, f, _, _ in loaded), 64)
     split = split_from_recipe({"val_from": val_from, "test_from": test_from, "unseen": unseen}, series, steps)
     for reference in references:
-        refuse_leak(store.manifest(reference), split)
+        refuse_leaks(store, reference, split, parts)
     context = max(lookback for _, _, lookback, _ in loaded)
     entrants = {
         name: (forecaster, lookback, replace(sampling, samples=samples))
@@ -66,12 +65,27 @@ def compare(
     found = []
     for part in parts:
         origins = rolling_origins(series, split, part, stride=stride, min_context=context)
-        scores = side_by_side(entrants | rivals, series, origins, progress=track and _counted(track, origins))
+        scores = side_by_side(entrants | rivals, series, origins, progress=track and counted(track, origins))
         found += [judge(name, each, by_symbol) for name, each in scores.items()]
     return found
 
 
-def _counted(track: Track, origins: Origins) -> Callable[[str, int], None]:
+def refuse_leaks(store: ModelStore, reference: str, split: Split, parts: Sequence[Part]) -> None:
+    """ValueError if the version, or a member of the ensemble that it is, has seen what it would be judged by."""
+    manifest = store.manifest(reference)
+    refuse_leak(manifest, split)
+    members = store.members(manifest)
+    for member in members:
+        refuse_leak(store.manifest(member), split)
+    if members:
+        until = store.config(manifest)["learnt"]["until"]
+        if "val" in parts or until >= day(split.test_from):
+            told = f"the weights of {manifest.model}@{manifest.version} were learnt on candles up to {until}"
+            raise ValueError(f"{told}: judge it by later ones")
+
+
+def counted(track: Track, origins: Origins) -> Callable[[str, int], None]:
+    """Tells `track` how far each forecaster has come, as `side_by_side` reports it."""
     done: Counter[str] = Counter()
 
     def advance(name: str, rows: int) -> None:

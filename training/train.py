@@ -430,7 +430,7 @@ def judge_and_publish(prepared: Prepared, trained: Trained, store: ModelStore, t
         "baselines": drift_baselines(forecaster, prepared, scores["test"], track),
         "canary": canary_of(forecaster),
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "code_revision": _revision(),
+        "code_revision": code_revision(),
     }
     return store.put(fields, recipe.network, trained.weights, trained.adapter, windows(scores.values()))
 
@@ -512,7 +512,7 @@ def _interval(low: float | None, high: float | None) -> str:
     return "" if low is None or high is None else f" [{low:.3f}, {high:.3f}]"
 
 
-def _revision() -> str | None:
+def code_revision() -> str | None:
     """The commit of the checkout that trains, if it is one."""
     command = ["git", "rev-parse", "HEAD"]
     try:

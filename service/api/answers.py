@@ -91,7 +91,8 @@ class Asked:
     @property
     def computation(self) -> bytes:
         """Equal for requests whose forecasts are equal, whatever the scores beside them are by then."""
-        series, model = self.series, LoadedModel(self.model.manifest, self.model.forecaster)  # by whatever runtime
+        series = self.series
+        model = LoadedModel(self.model.manifest, self.model.forecaster, weights=self.model.weights)  # by any runtime
         item = replace(self.item, levels=(), also=(), with_paths=False)
         return forecast_key(model, item, series.symbol, series.interval, series.calendar.name)
 
@@ -167,7 +168,12 @@ def _lasting(asked: Asked, computed: Forecast, valid_until: int) -> LastingAnswe
 
 def _model_name(model: LoadedModel) -> ModelName:
     return ModelName(
-        family=model.family, name=model.name, version=model.version, runtime=model.runtime, dtype=model.dtype
+        family=model.family,
+        name=model.name,
+        version=model.version,
+        runtime=model.runtime,
+        dtype=model.dtype,
+        weights=model.weights if model.members else None,
     )
 
 

@@ -146,7 +146,7 @@ NEXT_STEPS: Final[Mapping[str, str]] = {
     "unknown_model": "GET /models lists what can be asked for.",
     "unknown_interval": "GET /symbols lists the intervals that are stored.",
     "unknown_calendar": "Use 24/7, 24/5, auto or an exchange such as XNYS.",
-    "model_not_available": "Name toto, kronos or a model that GET /models lists.",
+    "unknown_weights": "GET /models/{name}/weights lists them.",
     "overloaded": "Try again after Retry-After seconds.",
     "not_ready": "Try again after Retry-After seconds.",
     "draining": "Connect anew: another process answers where there are several.",

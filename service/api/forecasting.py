@@ -17,7 +17,7 @@ from service.api.errors import InputError
 from service.api.parameters import SAMPLING, Parameters, require_enough, settle
 from service.api.schemas import ForecastRequest
 from service.api.sources import candles_in_body, candles_in_history, instant_of_knowledge, interval_meant
-from service.engine.batcher import DeadlineExceeded
+from service.engine.batcher import Computed, DeadlineExceeded
 from service.engine.registry import LoadedModel
 from service.engine.series import Series
 from service.engine.shadows import is_of_share
@@ -44,7 +44,6 @@ WITHOUT_WEIGHTS: Final = LoadedModel(
 )
 _SHADOW_SECONDS: Final = 60.0  # a late deadline is a low priority: batches are formed by deadline
 _EXACT_SEEDS: Final = 2**53  # larger integers lose digits in callers whose only number is a double
-_LATER: Final = ("ensemble",)
 
 
 @dataclass
@@ -64,10 +63,11 @@ async def settled(symbol: str, request: ForecastRequest, parts: Services, noted:
     noted.model = model.name
     parameters = settle(request, model)
     series = await _series(symbol, request, parameters, parts, issued_at)
+    if request.as_of is None:  # what scores say now was not known at an instant that the caller chose
+        model = await parts.weights.weighted(model, series.interval)
     require_enough(len(series.timestamps), parameters, model.manifest.limits)
     item = forecast_input(series, parameters, request.seed, model)
     _check(model, item)
-    # What scores say now was not known at an instant that the caller chose.
     standings = parts.evaluator.of(symbol, series.interval)
     known = standings if request.as_of is None else SeriesStandings()
     standing = known.of(model.exact, parameters.horizon)
@@ -98,7 +98,7 @@ async def found_for(asked: Asked, may_share: bool, parts: Services, deadline: fl
     key = asked.key
     if not may_share:
         computed, _ = await parts.engine.submit(asked.model, asked.item, deadline)
-        _note(asked, computed.forecast, parts)
+        _note(asked, computed, parts)
         return Found(lasting_part(asked, computed), "bypass", computed.timings)
     if asked.model.settled and (kept := await parts.cache.get(key, asked.issued_at)):
         return Found(kept, "hit")
@@ -106,13 +106,13 @@ async def found_for(asked: Asked, may_share: bool, parts: Services, deadline: fl
     kept = lasting_part(asked, computed)
     if asked.model.settled:
         parts.cache.put(key, kept, asked.issued_at)
-    _note(asked, computed.forecast, parts)  # again changes nothing: the first who asked may have left
+    _note(asked, computed, parts)  # again changes nothing: the first who asked may have left
     return Found(kept, "coalesced" if shared else "miss", computed.timings)
 
 
-def _note(asked: Asked, forecast: Forecast, parts: Services) -> None:
+def _note(asked: Asked, computed: Computed, parts: Services) -> None:
     """Have the forecast noted in the ledger, and the shadow's beside it where this request is of its share."""
-    parts.register.note(partial(_served, asked, forecast))
+    _register(asked, computed, parts)
     request = asked.request
     if "@" in request.model or request.model == AUTO or request.as_of is not None:
         return
@@ -130,13 +130,24 @@ async def _forecast_in_shadow(asked: Asked, shadow: LoadedModel, parts: Services
         if series.as_of != asked.series.as_of:  # a candle came meanwhile that had closed by then
             raise DeadlineExceeded
     require_enough(len(series.timestamps), parameters, shadow.manifest.limits)
+    shadow = await parts.weights.weighted(shadow, series.interval)
     item = forecast_input(series, parameters, request.seed, shadow)
     _check(shadow, item)
     computed, _ = await parts.engine.submit(shadow, item, time.monotonic() + _SHADOW_SECONDS)
     scales = asked.standings.scales
     calibration = calibration_for(parts.settings.recalibrate, scales, shadow.exact, parameters.horizon)
     noted = replace(asked, model=shadow, series=series, parameters=parameters, item=item, calibration=calibration)
-    parts.register.note(partial(_served, noted, computed.forecast))
+    _register(noted, computed, parts)
+
+
+def _register(asked: Asked, computed: Computed, parts: Services) -> None:
+    """Note a forecast, and those that it was blended of: members are scored though nobody asks them alone."""
+    parts.register.note(partial(_served, asked, computed.forecast))
+    scales, horizon = asked.standings.scales, asked.parameters.horizon
+    for member in computed.members:
+        calibration = calibration_for(parts.settings.recalibrate, scales, member.model.exact, horizon)
+        noted = replace(asked, model=member.model, item=member.item, calibration=calibration)
+        parts.register.note(partial(_served, noted, member.forecast))
 
 
 def _served(asked: Asked, forecast: Forecast) -> Served:
@@ -155,8 +166,6 @@ def _served(asked: Asked, forecast: Forecast) -> Served:
 
 
 async def _model(symbol: str, request: ForecastRequest, parts: Services) -> LoadedModel:
-    if request.model in _LATER:
-        raise ModelError("this way of choosing a model is not available", "model", "model_not_available")
     if request.model != AUTO:
         return await parts.registry.get(request.model, symbol)
     if request.as_of is not None:

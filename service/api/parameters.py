@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from model_store.manifest import ModelLimits
-from models.forecaster import DEFAULT_HORIZON, DEFAULT_LOOKBACK, ModelError, Sampling, served_sampling
+from models.forecaster import DEFAULT_HORIZON, ModelError, Sampling, served_sampling, usual_lookback
 from service.api.errors import InputError
 from service.api.schemas import ForecastRequest
 from service.engine.registry import LoadedModel
@@ -94,4 +94,4 @@ def _default_lookback(request: ForecastRequest, model: LoadedModel) -> int:
     most = model.manifest.limits.max_context
     if request.candles is not None:
         return most
-    return int(model.manifest.serving.get("lookback", DEFAULT_LOOKBACK.get(model.family, most)))
+    return usual_lookback(model.family, model.manifest.serving, most)

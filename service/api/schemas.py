@@ -67,7 +67,9 @@ class _Answer(BaseModel):
 class ForecastRequest(_Request):
     """What to forecast. Everything is optional; what the chosen model does not use is refused."""
 
-    model: str = Field("toto", pattern=_REFERENCE, description="toto, kronos, auto, or NAME[@VERSION or @ALIAS].")
+    model: str = Field(
+        "toto", pattern=_REFERENCE, description="toto, kronos, ensemble, auto, or NAME[@VERSION or @ALIAS]."
+    )
     interval: Interval | None = Field(None, description="Default: the only one stored, or the candles' own step.")
     horizon: int | None = Field(None, ge=1, description="Steps ahead; default 64 for Toto, 30 otherwise.")
     candles: Candles | None = Field(None, description="Default: the stored history of the symbol.")
@@ -102,8 +104,11 @@ class ModelName(_Answer):
     family: str
     name: str
     version: str
-    runtime: str
+    runtime: str = Field(description="Of an ensemble: of each member, such as compiled+eager.")
     dtype: str
+    weights: int | None = Field(
+        None, description="Of an ensemble: which of its weights, as in GET /models/{name}/weights; 0: the published."
+    )
 
 
 class Returns(_Answer):
@@ -454,6 +459,40 @@ class PromoteAnswer(_Answer):
     version: str
     symbol: str | None
     shadow: ShadowAnswer | None = Field(description="What its shadow forecasts were worth, if it has been the shadow.")
+
+
+class SetWeightsRequest(_Request):
+    """Former weights, or live ones again."""
+
+    rollback: bool = Field(description="true: former weights, which stay; false: scores may move them again.")
+    to: int | None = Field(None, ge=0, description="Which: a number, 0 being the published; default: those before.")
+
+
+class WeightsInUse(_Answer):
+    """Weights that an ensemble had from some instant on."""
+
+    number: int = Field(description="As `model.weights` of a forecast names them.")
+    at: int = Field(description="UTC milliseconds.")
+    why: Literal["scores", "rollback", "released"]
+    held: bool = Field(description="Scores did not move them.")
+    weights: dict[str, dict[str, list[float]]] = Field(
+        description="By interval and steps, in the order of the members; intervals that are missing have the published."
+    )
+    scores: dict[str, dict[str, list[float]]] = Field(
+        description="Mean CRPS of each member in the blocks that decided, over the naive forecast's absolute error."
+    )
+
+
+class WeightsAnswer(_Answer):
+    """The weights of an ensemble."""
+
+    model: str
+    version: str
+    members: list[str]
+    live: bool = Field(description="Whether scores move them: CANDLECAST_ENSEMBLE_LIVE.")
+    half_life_blocks: int = Field(description="After so many blocks of time a score has half its say.")
+    published: dict[str, list[float]] = Field(description="By steps: number 0.")
+    in_use: list[WeightsInUse] = Field(description="Newest first; empty while the published ones are in use.")
 
 
 class Health(_Answer):

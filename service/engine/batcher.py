@@ -47,12 +47,22 @@ class Timings:
 
 
 @dataclass(frozen=True)
+class MemberForecast:
+    """What a member of an ensemble forecast, and of what."""
+
+    model: LoadedModel
+    item: ForecastInput
+    forecast: Forecast
+
+
+@dataclass(frozen=True)
 class Computed:
     """A forecast, with the size of the batch it was computed in."""
 
     forecast: Forecast
     batch_rows: int
     timings: Timings
+    members: tuple[MemberForecast, ...] = ()  # of an ensemble
 
 
 @dataclass(eq=False)

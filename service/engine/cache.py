@@ -47,7 +47,7 @@ def forecast_key(model: LoadedModel, item: ForecastInput, *facts: object) -> byt
     arrays = [np.ascontiguousarray(value) for value in values if isinstance(value, np.ndarray)]
     rest = [value for value in values if not isinstance(value, np.ndarray)]
     shapes = [(array.shape, array.dtype.str) for array in arrays]
-    digest.update(repr((model.name, model.version, model.runtime, model.dtype, rest, shapes, facts)).encode())
+    digest.update(repr((*model.executed, rest, shapes, facts)).encode())
     for array in arrays:
         digest.update(array.data)
     return digest.digest()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from models.ensemble import EnsembleForecaster
 from models.forecaster import Abandoned, Batch, Forecast, ForecastInput, InvalidModelOutput, Raw, pad_rows
 from models.probes import probe, usual_contexts
 from service.engine.batcher import (
@@ -21,9 +22,11 @@ from service.engine.batcher import (
     DeadlineExceeded,
     EngineStopped,
     Job,
+    MemberForecast,
     Overloaded,
     Timings,
 )
+from service.engine.cache import forecast_key
 from service.engine.registry import LoadedModel
 from service.metrics import Metrics
 
@@ -116,6 +119,8 @@ class Engine:
         `time.monotonic()` seconds. Raises Overloaded, DeadlineExceeded, EngineStopped, or whatever the model
         raised for the batch.
         """
+        if model.members:
+            return await self._blend(model, item, deadline, shares=key is not None)
         while True:
             if not self.alive:
                 raise EngineStopped
@@ -126,6 +131,27 @@ class Engine:
             job = flight if flight and shared else self._enqueue(model, item, deadline, key)
             with contextlib.suppress(Abandoned):  # given up in the moment in which this request joined
                 return await _wait(job, deadline), shared
+
+    async def _blend(
+        self, model: LoadedModel, item: ForecastInput, deadline: float, *, shares: bool
+    ) -> tuple[Computed, bool]:
+        """Each member's forecast from that member's own queue, combined; the first that fails fails all."""
+        ensemble = model.forecaster
+        assert isinstance(ensemble, EnsembleForecaster)
+        asked = [(each, member.asked(item)) for each, member in zip(model.members, ensemble.members, strict=True)]
+        tasks = [
+            asyncio.create_task(self.submit(*pair, deadline, forecast_key(*pair) if shares else None)) for pair in asked
+        ]
+        try:
+            found = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()  # those beside one that failed are given up
+        answers = [computed for computed, _ in found]
+        last = max(answers, key=lambda each: sum(vars(each.timings).values()))  # they run one after the other
+        blend = ensemble.combined([each.forecast for each in answers])
+        members = tuple(MemberForecast(*pair, each.forecast) for pair, each in zip(asked, answers, strict=True))
+        return Computed(blend, last.batch_rows, last.timings, members), all(shared for _, shared in found)
 
     async def rehearse(self, model: LoadedModel, seconds: float) -> None:
         """Compute a usual request of every bucket, each within so many seconds; raises what a caller would get."""

@@ -8,9 +8,9 @@ holds the version that it began with, so the old one goes when the last of its r
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 from prometheus_client import Metric
 from prometheus_client.core import GaugeMetricFamily
@@ -21,6 +21,7 @@ from model_store.manifest import ADAPTER, CONFIG, VERSION, Manifest
 from model_store.store import PRODUCTION, SHADOW, LoadedVersion, ModelStore
 from models.adapters import Adaptable
 from models.candles import SYMBOL
+from models.ensemble import EnsembleForecaster, member_of
 from models.forecaster import Forecaster, InvalidModelOutput
 from models.layers import WeightsMismatch
 from service.engine.failures import Failures, ModelUnavailable, NoRoom, Unfit
@@ -36,6 +37,7 @@ _LOOK_SECONDS: Final = 0.25
 
 Build = Callable[[LoadedVersion, str], Forecaster]  # of a stored version, on a device
 Key = tuple[str, str]  # name of a model, alias
+Executed = tuple[str, str, str, str, int]  # name, version, runtime, dtype, number of weights
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class LoadedModel:
     settled: bool = True  # False while it answers in place of the runtime chosen for this machine
     choice: Choice | None = None
     beside: Beside | None = None  # where it is an adapter of another version
+    members: tuple["LoadedModel", ...] = ()  # of an ensemble, in the order of its weights
+    weights: int = 0  # number of an ensemble's weights; 0 are those that it was published with
 
     @property
     def name(self) -> str:
@@ -72,9 +76,9 @@ class LoadedModel:
         return f"{self.name}@{self.version}"
 
     @property
-    def executed(self) -> tuple[str, str, str, str]:
+    def executed(self) -> Executed:
         """Equal for models whose forecasts are equal."""
-        return self.name, self.version, self.runtime, self.dtype
+        return self.name, self.version, self.runtime, self.dtype, self.weights
 
     @property
     def batched_by(self) -> tuple[str, str, str]:
@@ -106,6 +110,7 @@ class _Held:
     settling: asyncio.Task[None] | None = None
     rehearsed: bool = False
     by_version: bool = False  # asked for by its version: it stays while there is room
+    members: tuple[str, ...] = ()  # of an ensemble, name@version: they stay while it does
     used: float = 0.0
 
 
@@ -341,6 +346,8 @@ class Registry:
         """Load a version, settle its runtime and let it forecast; ModelUnavailable if any of it fails."""
         await self._loaded(exact)
         held = self._held.get(exact)
+        for member in held.members if held else ():
+            await self._made_ready(member)
         if held and held.settling:
             await asyncio.shield(held.settling)
         if held is None or held.model is None or held.rehearsed:
@@ -376,27 +383,43 @@ class Registry:
         name, started = exact.partition("@")[0], time.monotonic()
         try:
             manifest = await asyncio.to_thread(self.store.manifest, exact)
+            held.members = await asyncio.to_thread(self.store.members, manifest)
             held.base = await asyncio.to_thread(self._base_of, manifest)
             if held.base is None or not await self._load_beside(manifest, held, held.base):
                 held.base = None
                 held.bytes = sum(entry.bytes for entry in manifest.files.values())
                 await self._make_room(exact)
-                held.model = await asyncio.to_thread(self._read, exact)
+                for member in held.members:
+                    await self._member(exact, member)
+                held.model = await asyncio.to_thread(self._read, exact, self._in_memory(held.members))
+                if held.members:  # one of which may have settled meanwhile
+                    held.model = _reassembled(held.model, self._in_memory(held.members))
         except Exception as error:  # noqa: BLE001 - whoever waits hears that it cannot be loaded
             del self._held[exact]
             self.failures.note(exact, error)
             return
         finally:
             held.load = None
-        if held.base is None:
+        if held.base is None and not held.members:  # members settle by themselves
             held.settling = asyncio.create_task(self._settle(exact, held), name=f"settle {exact}")
         self.failures.loaded(exact)
         self._metrics.expect_model(name)
         self._metrics.model_ready.labels(name).set(1)
         self._metrics.model_load_seconds.labels(name).set(time.monotonic() - started)
 
-    def _read(self, exact: str) -> LoadedModel:
-        found = self.store.load(exact)
+    async def _member(self, exact: str, member: str) -> None:
+        try:
+            await self._loaded(member)
+        except ModelUnavailable as error:
+            raise StoreError(f"{exact} blends what is not served: {error}") from error
+
+    def _in_memory(self, members: Sequence[str]) -> list[LoadedModel]:
+        return [model for exact in members if (model := self._held[exact].model)]
+
+    def _read(self, exact: str, members: Sequence[LoadedModel]) -> LoadedModel:
+        found = self.store.load(exact, alone=True)
+        if members:
+            return _assembled(found.manifest, found.config, members)
         forecaster = self._build(found, self._device)
         return LoadedModel(found.manifest, forecaster, settled=not self._selection.is_open(found.manifest))
 
@@ -457,6 +480,9 @@ class Registry:
             _log.exception("%s goes on without a choice of runtime", exact)
             held.model = replace(eager, settled=True)
         held.settling = None
+        for other in self._held.values():
+            if other.model and exact in other.members:
+                other.model = _reassembled(other.model, self._in_memory(other.members))
         self._release()
 
     # -- memory ------------------------------------------------------------------------------------
@@ -490,7 +516,12 @@ class Registry:
         """
         served = {exact for key, exact in self._serving.items() if not _is_symbol(key)}
         bases = {held.base for held in self._held.values() if held.base}
-        return served | bases | {exact for key in self._swaps if (exact := self._target(key))}
+        swapped = {exact for key in self._swaps if (exact := self._target(key))}
+        return served | bases | swapped | self._blended()
+
+    def _blended(self) -> set[str]:
+        """The members of every ensemble in memory, or on its way there."""
+        return {member for held in self._held.values() for member in held.members}
 
     def _dispensable(self) -> str | None:
         needed, symbols = self._needed(), set(self._serving.values())
@@ -510,6 +541,9 @@ class Registry:
             kept = self._needed() | set(self._serving.values())
             if held.model and not held.settling and not held.by_version and exact not in kept:
                 self._drop(exact)
+                if held.members:
+                    self._release()  # nothing may need them any more
+                    return
 
     def _drop(self, exact: str) -> None:
         held = self._held.pop(exact)
@@ -544,6 +578,30 @@ class Registry:
 
     def _shadows(self) -> list[Key]:
         return [(name, SHADOW) for name, known in list(self._known.items()) if known.shadow]
+
+
+def _assembled(manifest: Manifest, config: Mapping[str, Any], members: Sequence[LoadedModel]) -> LoadedModel:
+    """An ensemble over its members as they run now: it has no tensors of its own."""
+    try:
+        parts = [member_of(each.forecaster, each.manifest.serving) for each in members]
+        forecaster = EnsembleForecaster.from_config(config, parts)
+    except (KeyError, ValueError) as error:
+        raise VerificationFailed(f"{manifest.model}@{manifest.version}: {error}") from error
+    return _reassembled(LoadedModel(manifest, forecaster), members)
+
+
+def _reassembled(ensemble: LoadedModel, members: Sequence[LoadedModel]) -> LoadedModel:
+    """The same over other runtimes of its members, whose names are its own."""
+    forecaster = ensemble.forecaster
+    assert isinstance(forecaster, EnsembleForecaster)
+    return replace(
+        ensemble,
+        forecaster=forecaster.over([each.forecaster for each in members]),
+        runtime="+".join(each.runtime for each in members),
+        dtype="+".join(each.dtype for each in members),
+        settled=all(each.settled for each in members),
+        members=tuple(members),
+    )
 
 
 def _is_symbol(key: Key) -> bool:

@@ -5,6 +5,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Final
 
+from service.engine.registry import Executed
 from service.engine.revisions import Revision
 
 _MOST: Final = 4096
@@ -42,7 +43,7 @@ class Repeat:
     """
 
     reference: str
-    model: tuple[str, str, str, str]  # what it executed; the model itself would outlive its successor here
+    model: Executed  # what it executed; the model itself would outlive its successor here
     stored: StoredAs | None  # None: the candles are among the bytes
     key: bytes  # of the forecast
     facts: Facts

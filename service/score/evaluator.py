@@ -5,7 +5,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Final
@@ -84,6 +84,7 @@ class _Evaluated:
 
 
 _NOTHING: Final = SeriesStandings()
+Follow = Callable[[Mapping[Series, Mapping[Owner, Blocks]]], Awaitable[None]]
 
 
 class Evaluator:
@@ -93,14 +94,22 @@ class Evaluator:
     """
 
     def __init__(
-        self, ledger: Ledger, history: History, store: ModelStore, now: Callable[[], int], metrics: Metrics
+        self,
+        ledger: Ledger,
+        history: History,
+        store: ModelStore,
+        now: Callable[[], int],
+        metrics: Metrics,
+        follow: Follow,
     ) -> None:
+        """`follow` hears of everything that was scored, after each round."""
         self.last_success = 0.0  # UTC seconds
         self._ledger = ledger
         self._history = history
         self._store = store
         self._now = now
         self._metrics = metrics
+        self._follow = follow
         self._fresh: Mapping[Series, Freshness] = {}
         self._known: dict[Series, _Evaluated] = {}
         self._models: tuple[ModelStanding, ...] = ()
@@ -203,6 +212,7 @@ class Evaluator:
                     await self._attempt(*self._current)
                     self._advance()
                 await self.summarise()
+                await self._follow({series: each.blocks for series, each in self._known.items()})
                 self.last_success, failed = time.time(), False
                 if everything:
                     self._metrics.evaluator_seconds.set(time.monotonic() - started)
@@ -271,7 +281,7 @@ class Evaluator:
                 continue
             baseline = baseline_for(self._baselines_of(model), symbol, interval, group)
             if baseline:
-                standardised[model, group] = losses(found, baseline, self._sealed(interval, group))
+                standardised[model, group] = losses(found, baseline, first_unsealed(self._now(), interval, group))
             drift = drift_of_symbol(standardised.get((model, group)), baseline, interval, group)
             standings[model, group] = Standing(model, group, whole, recent, drift)
         best = self._best(symbol, interval, blocks, standings)
@@ -322,7 +332,7 @@ class Evaluator:
 
     def _model(self, model: str, interval: str, group: int, members: Sequence[_Evaluated]) -> ModelStanding:
         owner = model, group
-        sums = _by_block([each.blocks[owner] for each in members])
+        sums = by_block([each.blocks[owner] for each in members])
         related = max(related_blocks(each.calendar, interval, group) for each in members)
         whole, recent = scores(sums, related), scores(sums[-RECENT_BLOCKS:], related)
         assert whole
@@ -337,11 +347,6 @@ class Evaluator:
             return self._baselines(model)
         except StoreError:  # it is not in this store any more
             return ()
-
-    def _sealed(self, interval: str, group: int) -> int:
-        """The first block whose candles may still be on their way."""
-        step = interval_ms(interval)
-        return (self._now() - step - max(2 * step, _SETTLE_MS)) // (block_length(group) * step)
 
 
 def _best_of(those: Sequence[ModelStanding]) -> str | None:
@@ -358,7 +363,7 @@ def _compared(model: str, rival: str, everything: Mapping[Series, _Evaluated]) -
         for group in range(len(GROUPS)):
             own, others = each.blocks.get((model, group)), each.blocks.get((rival, group))
             if own and others and (both := np.intersect1d(own.numbers, others.numbers)).size:
-                found = each.calendar, _at(own, both), _at(others, both)
+                found = each.calendar, at_blocks(own, both), at_blocks(others, both)
                 pairs.setdefault((interval, group), []).append(found)
     return [pair for owner, members in sorted(pairs.items()) if (pair := _compared_over(*owner, members))]
 
@@ -366,11 +371,18 @@ def _compared(model: str, rival: str, everything: Mapping[Series, _Evaluated]) -
 def _compared_over(interval: str, group: int, members: Sequence[tuple[str, Blocks, Blocks]]) -> Compared | None:
     calendars, own, others = zip(*members, strict=True)
     related = max(related_blocks(calendar, interval, group) for calendar in calendars)
-    sums = _by_block(own), _by_block(others)
+    sums = by_block(own), by_block(others)
     return compared(*sums, related, interval=interval, group=group, symbols=len(members))
 
 
-def _at(blocks: Blocks, numbers: NDArray[np.int64]) -> Blocks:
+def first_unsealed(now: int, interval: str, group: int) -> int:
+    """The first block whose candles may still be on their way."""
+    step = interval_ms(interval)
+    return (now - step - max(2 * step, _SETTLE_MS)) // (block_length(group) * step)
+
+
+def at_blocks(blocks: Blocks, numbers: NDArray[np.int64]) -> Blocks:
+    """Those of these numbers."""
     kept = np.isin(blocks.numbers, numbers)
     return Blocks(blocks.numbers[kept], blocks.sums[kept])
 
@@ -386,7 +398,7 @@ def _freshness(stored: Sequence[StoredSeries]) -> dict[Series, Freshness]:
     return found
 
 
-def _by_block(parts: Sequence[Blocks]) -> np.ndarray[Any, Any]:
+def by_block(parts: Sequence[Blocks]) -> np.ndarray[Any, Any]:
     """Sums of several series, added up block by block."""
     numbers = np.unique(np.concatenate([part.numbers for part in parts]))
     total = np.zeros(len(numbers), SUMS)

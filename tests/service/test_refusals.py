@@ -142,7 +142,6 @@ BAD_FIELDS = {
     "lookback": ({"lookback": 5000}, "lookback_out_of_range", "/lookback"),
     "auto with paths": ({"model": "auto", "paths": True}, "unsupported_parameter", "/paths"),
     "auto with samples": ({"model": "auto", "samples": 4}, "unsupported_parameter", "/samples"),
-    "ensemble": ({"model": "ensemble"}, "model_not_available", "/model"),
     "model path": ({"model": "../../etc"}, "invalid_input", "/model"),
     "as_of future": ({"as_of": 1_750_000_000_001}, "future_timestamp", "/as_of"),
     "as_of text": ({"as_of": "yesterday"}, "invalid_timestamp", "/as_of"),

@@ -46,6 +46,8 @@ OPEN_TO = {
     "GET /symbols": {"forecast", "ingest"},
     "GET /models": {"forecast", "admin"},
     "GET /models/{name}/shadow": {"forecast", "admin"},
+    "GET /models/{name}/weights": {"forecast", "admin"},
+    "POST /models/{name}/weights": {"admin"},
     "POST /models/{name}/promote": {"admin"},
 }
 

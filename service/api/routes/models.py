@@ -1,7 +1,7 @@
-"""GET /models and /models/{name}/shadow: what the store holds, what answers and why, and what a shadow is worth."""
+"""GET /models, /models/{name}/shadow and /weights: what the store holds, what answers and why, and what it is worth."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter
@@ -20,11 +20,14 @@ from service.api.schemas import (
     ModelsAnswer,
     RuntimeAnswer,
     ShadowAnswer,
+    WeightsAnswer,
+    WeightsInUse,
 )
 from service.api.security import GuardedRoute, open_to
 from service.engine.failures import Failure
 from service.engine.registry import LoadedModel, Registry
 from service.score.standings import Compared
+from service.score.weights import HALF_LIFE_BLOCKS
 from service.services import Parts, Services
 
 router = APIRouter(route_class=GuardedRoute)
@@ -55,6 +58,52 @@ async def get_shadow(name: str, parts: Parts) -> Any:
     if found is None:
         raise VersionNotFound(f"{name} has no shadow")
     return found
+
+
+@router.get(
+    "/models/{name}/weights",
+    response_model=WeightsAnswer,
+    summary="An ensemble's weights, now and before",
+    openapi_extra=open_to("forecast", "admin"),
+)
+async def get_weights(name: str, parts: Parts) -> Any:
+    """404 where the model is no ensemble."""
+    return await weights_of(*await exact_of(name, parts), parts)
+
+
+async def exact_of(name: str, parts: Services) -> tuple[str, str]:
+    """Model and version that a name means in the store."""
+    return await asyncio.to_thread(parts.registry.store.resolve, parts.registry.nicknames.get(name, name))
+
+
+async def weights_of(model: str, version: str, parts: Services) -> WeightsAnswer:
+    """The published weights of an ensemble, and all that followed."""
+    exact = f"{model}@{version}"
+    former = await parts.weights.former(exact)
+    published = parts.weights.published(exact)
+    return WeightsAnswer(
+        model=model,
+        version=version,
+        members=list(published.members),
+        live=parts.weights.live,
+        half_life_blocks=HALF_LIFE_BLOCKS,
+        published=_by_group(published.weights),
+        in_use=[
+            WeightsInUse(
+                number=each.number,
+                at=each.at,
+                why=each.why,
+                held=each.held,
+                weights={interval: _by_group(rows) for interval, rows in each.weights.items()},
+                scores={interval: _by_group(rows) for interval, rows in each.scores.items()},
+            )
+            for each in reversed(former)
+        ],
+    )
+
+
+def _by_group(rows: Sequence[tuple[float, ...] | None]) -> dict[str, list[float]]:
+    return {group_name(group): list(row) for group, row in enumerate(rows) if row}
 
 
 async def shadow_of(name: str, parts: Services) -> ShadowAnswer | None:

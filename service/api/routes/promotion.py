@@ -1,4 +1,4 @@
-"""POST /models/{name}/promote, on the admin port: through the store's gate, then heard of by every process."""
+"""On the admin port: POST /models/{name}/promote, through the store's gate, and /models/{name}/weights."""
 
 import asyncio
 from typing import Any
@@ -8,8 +8,9 @@ from fastapi import APIRouter
 from model_store.files import VerificationFailed
 from model_store.gate import PromotionRefused
 from model_store.manifest import Manifest
-from service.api.routes.models import shadow_of
-from service.api.schemas import PromoteAnswer, PromoteRequest, normalise_symbol
+from service.api.errors import InputError
+from service.api.routes.models import exact_of, shadow_of, weights_of
+from service.api.schemas import PromoteAnswer, PromoteRequest, SetWeightsRequest, WeightsAnswer, normalise_symbol
 from service.api.security import open_to
 from service.api.wire import StrictRoute
 from service.services import Parts
@@ -41,3 +42,23 @@ async def promote(name: str, parts: Parts, body: PromoteRequest) -> Any:
     await parts.follower.announce(name)
     shadow = worth if worth and worth.shadow == manifest.version else None
     return PromoteAnswer(model=name, version=manifest.version, symbol=symbol, shadow=shadow)
+
+
+@router.post(
+    "/models/{name}/weights",
+    response_model=WeightsAnswer,
+    summary="Take an ensemble's live weights back",
+    openapi_extra=open_to("admin"),
+)
+async def set_weights(name: str, parts: Parts, body: SetWeightsRequest) -> Any:
+    """Former weights are in use at once here, and within a minute in other processes; scores leave them alone until
+    `rollback` is false."""
+    if not parts.weights.live:
+        raise InputError("weights are the published ones: CANDLECAST_ENSEMBLE_LIVE is false", "/rollback", "conflict")
+    model, version = await exact_of(name, parts)
+    exact = f"{model}@{version}"
+    try:
+        await (parts.weights.go_back(exact, body.to) if body.rollback else parts.weights.release(exact))
+    except LookupError as error:
+        raise InputError(f"{error}", "/to", "unknown_weights") from error
+    return await weights_of(model, version, parts)

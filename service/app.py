@@ -17,7 +17,7 @@ from model_store.store import LoadedVersion, ModelStore
 from service.api import errors
 from service.api.quotas import Quotas
 from service.api.refreshing import Refresher
-from service.api.routes import accuracy, candles, elsewhere, forecast, health, latest, models, promotion
+from service.api.routes import accuracy, candles, elsewhere, forecast, health, latest, models, page, promotion
 from service.api.security import PUBLIC, Access, GuardedRoute, SafeAnswers, describe_keys, is_loopback
 from service.api.watchlist import WatchList
 from service.api.wire import BodyLimit, ClosedConnections, CountedAnswers, SymbolPaths
@@ -68,7 +68,7 @@ def create_app(settings: Settings, *, build: Build = LoadedVersion.build, now: C
     app.state.services = services
     # Included after the documentation's routes, they would be looked for twice in every request, and behind those.
     forecasting = (elsewhere,) if settings.role == "evaluator" else (forecast, latest)
-    ours = (*forecasting, candles, accuracy, models, health)
+    ours = (*forecasting, candles, accuracy, models, health, page)
     app.router.routes[:0] = [route for module in ours for route in module.router.routes]
     errors.install(app)
     app.add_middleware(SymbolPaths)

@@ -215,6 +215,21 @@ class ForecastAnswer(PassingAnswer, LastingAnswer):
     """A forecast. All times are UTC milliseconds."""
 
 
+class WatchEntryAnswer(_Answer):
+    """One entry of the watch list, and what a POST for its forecast would ask."""
+
+    symbol: str
+    interval: str | None = Field(description="Null until candles have come, where the entry names none.")
+    model: str
+    horizon: int | None = Field(description="Null: the model's own.")
+
+
+class WatchAnswer(_Answer):
+    """The watch list."""
+
+    entries: list[WatchEntryAnswer]
+
+
 class PutCandlesAnswer(_Answer):
     """What the candles of the request were."""
 

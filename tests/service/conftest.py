@@ -3,6 +3,7 @@
 import threading
 from collections.abc import AsyncIterator, Callable, Hashable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,21 @@ def store(tmp_path: Path) -> ModelStore:
     return ModelStore(tmp_path / "store")
 
 
+def put_version_without_weights(store: ModelStore, model: str = "naive", **fields: Any) -> Manifest:
+    """Store and promote a version of family naive; keywords replace fields of its manifest."""
+    manifest = {
+        "model": model,
+        "family": "naive",
+        "origin": {"kind": "trained", "source": "test"},
+        "limits": {"min_context": 2, "max_context": 4096, "max_horizon": 512},
+        "created_at": "2025-01-01T00:00:00Z",
+        **fields,
+    }
+    complete = store.put(manifest, {"family": manifest["family"]}, {})
+    store.promote(f"{model}@{complete.version}", force="test")
+    return complete
+
+
 PutNaive = Callable[..., Manifest]
 
 
@@ -101,20 +117,7 @@ PutNaive = Callable[..., Manifest]
 def put_naive(store: ModelStore) -> PutNaive:
     """Store and promote a weightless version; keywords replace fields of its manifest."""
 
-    def put(model: str = "naive", **fields: Any) -> Manifest:
-        manifest = {
-            "model": model,
-            "family": "naive",
-            "origin": {"kind": "trained", "source": "test"},
-            "limits": {"min_context": 2, "max_context": 4096, "max_horizon": 512},
-            "created_at": "2025-01-01T00:00:00Z",
-            **fields,
-        }
-        complete = store.put(manifest, {"family": manifest["family"]}, {})
-        store.promote(f"{model}@{complete.version}", force="test")
-        return complete
-
-    return put
+    return partial(put_version_without_weights, store)
 
 
 def build_naive(*_: Any) -> NaiveForecaster:

@@ -36,6 +36,7 @@ pytestmark = pytest.mark.anyio
 PROBES = {"/livez", "/readyz", "/startupz"}
 OPEN_TO = {
     "POST /forecast/{symbol}": {"forecast"},
+    "GET /watch": {"forecast"},
     "GET /forecast/{symbol}/latest": {"forecast"},
     "GET /forecast/{symbol}/stream": {"forecast"},
     "GET /forecasts/{symbol}": {"forecast"},
@@ -102,7 +103,7 @@ def test_each_route_declares_its_scopes_or_is_known_to_be_public(tmp_path: Path,
             else:
                 public.add(route.path)
     documentation = {"/docs", "/openapi.json", "/docs/oauth2-redirect"}
-    assert public == PROBES | {"/metrics"} | documentation
+    assert public == PROBES | {"/metrics", "/", "/page/{name}"} | documentation
     assert opened == OPEN_TO
 
 
@@ -131,7 +132,7 @@ async def test_a_key_opens_the_routes_of_its_scope_and_no_other(running: Any, ma
         async with httpx.AsyncClient(transport=admin, base_url="http://test") as admin_client:
             for described, scopes in OPEN_TO.items():
                 method, path = described.split()
-                at = admin_client if path.endswith("promote") else client
+                at = admin_client if method == "POST" and path.startswith("/models") else client
                 path = path.format(symbol="BTC", name="naive")
                 if path.endswith("stream"):
                     continue

@@ -73,6 +73,7 @@ async def get_forecasts(
     parts: Parts,
     interval: Annotated[Interval | None, Query(description="Default: the only one stored.")] = None,
     as_of: Annotated[str | None, Query(description="Only what had been issued by then; default: now.")] = None,
+    model: Annotated[str | None, Query(description="Only this version's, as NAME@VERSION; default: all.")] = None,
     limit: Annotated[int, Query(ge=1, le=_MOST_STEPS, description="How many of the newest.")] = 10_000,
 ) -> Any:
     """Steps of the forecasts whose candles came within the last week, or have not come yet, in order of issue."""
@@ -80,7 +81,7 @@ async def get_forecasts(
     stored = await calendars_of(name, parts.history)
     chosen = stored_interval(interval, stored, "interval")
     known = instant_in_query(as_of, "as_of") if as_of else parts.now()
-    steps = (await parts.ledger.steps(name, chosen, known))[-limit:]
+    steps = [s for s in await parts.ledger.steps(name, chosen, known) if model in (None, s.model)][-limit:]
     rows = [
         (s.origin, s.issued_at, s.target, s.step, s.model, s.low_quantile, s.median, s.high_quantile, s.high, s.low)
         for s in steps

@@ -11,6 +11,7 @@ router = APIRouter(route_class=GuardedRoute)
 @router.post("/forecast/{symbol}", include_in_schema=False, openapi_extra=open_to("forecast"))
 @router.get("/forecast/{symbol}/latest", include_in_schema=False, openapi_extra=open_to("forecast"))
 @router.get("/forecast/{symbol}/stream", include_in_schema=False, openapi_extra=open_to("forecast"))
+@router.get("/watch", include_in_schema=False, openapi_extra=open_to("forecast"))
 async def refuse() -> None:
     """404, with what to do instead."""
     raise ForecastsElsewhere

@@ -2,13 +2,13 @@
 
 from collections.abc import AsyncIterator
 from email.utils import formatdate
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Depends, Header, Query, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from service.api.errors import NoForecastYet
-from service.api.schemas import ForecastAnswer, Interval, normalise_symbol
+from service.api.schemas import ForecastAnswer, Interval, WatchAnswer, WatchEntryAnswer, normalise_symbol
 from service.api.security import Asking, GuardedRoute, open_to
 from service.api.watchlist import Latest, Watched
 from service.services import Parts
@@ -34,6 +34,28 @@ async def _streamed(watched: Listed, parts: Parts) -> AsyncIterator[Watched]:
     """The watched entry with a place among the streams, both before the answer begins."""
     with parts.watch.stream():
         yield watched
+
+
+@router.get(
+    "/watch",
+    response_model=WatchAnswer,
+    summary="What is forecast before anybody asks",
+    openapi_extra=open_to("forecast"),
+)
+async def get_watch(parts: Parts, caller: Asking) -> Any:
+    """The watch list, in the order of CANDLECAST_WATCH; each of its entries can be read at `latest` and `stream`."""
+    return WatchAnswer(
+        entries=[
+            WatchEntryAnswer(
+                symbol=each.entry.symbol,
+                interval=each.interval,
+                model=each.entry.request.model,
+                horizon=each.entry.request.horizon,
+            )
+            for each in parts.watch.watched
+            if caller.may_ask(each.entry.symbol)
+        ]
+    )
 
 
 @router.get(

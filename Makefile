@@ -31,6 +31,12 @@ bench: .venv/.tested ## the numbers beside the references and the hardware floor
 bench-peers: .venv/.tested .venv-peers/.installed ## the service beside LitServe, BentoML and Ray Serve
 	$(BIN)/python -m bench.peers --device $(DEVICE) --python .venv-peers/bin/python $(BENCH)
 
+fuzz: .venv/.tested ## Schemathesis against both ports; FUZZ="--max-examples 5000 --seed 7"
+	$(BIN)/python -m bench.fuzz $(FUZZ)
+
+gates: .venv/.tested ## the wall-clock figures behind the promises under bad input, and the tests of the countable ones
+	$(BIN)/python -m bench.gates
+
 lint: .venv/.tested ## ruff and mypy --strict
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
@@ -63,9 +69,20 @@ lock: .venv/bin/python ## compile requirements.lock from pyproject.toml under co
 		--no-annotate --no-emit-index-url --no-emit-find-links \
 		--custom-compile-command "make lock" -o requirements.lock
 	sed -i -E 's/^([^#;]+==[^+;]+)\+[a-z0-9.]+/\1/' requirements.lock
+	$(MAKE) hashes
+
+# Beside the lock: pip would want a hash of this project too if what constrains it had any.
+hashes: .venv/bin/python ## write requirements.hashes from requirements.lock
+	$(BIN)/pip install --quiet uv
+	{ echo "# make hashes writes this: the files that the versions of requirements.lock may come in, but for torch's."; \
+	grep -v '^torch==' requirements.lock | $(BIN)/uv pip compile --quiet --no-deps --universal --generate-hashes \
+		--no-annotate --no-header --python-version 3.11 -; } > requirements.hashes
+
+audit: .venv/.tested .venv-audit/.installed ## hashes, vulnerabilities, licences, dist/sbom.json, secrets
+	$(BIN)/python -m bench.audit --tools .venv-audit $(AUDIT)
 
 clean: ## delete the environment and every cache; candles, models and what the service wrote stay
-	rm -rf .venv .venv-peers .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf .venv .venv-peers .venv-audit .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
 	find $(wildcard $(SOURCES)) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/bin/python:
@@ -82,6 +99,12 @@ clean: ## delete the environment and every cache; candles, models and what the s
 	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps -r tests/reference.txt
 	touch $@
 
+.venv-audit/.installed: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m venv .venv-audit
+	.venv-audit/bin/pip install --disable-pip-version-check --quiet \
+		$$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["audit"])')
+	touch $@
+
 # The servers pin packages that ours has outgrown: only what theirs and the reference predictor import goes in beside them.
 .venv-peers/.installed: pyproject.toml constraints.txt tests/reference.txt | .venv/bin/python
 	$(BIN)/python -m venv .venv-peers
@@ -89,4 +112,4 @@ clean: ## delete the environment and every cache; candles, models and what the s
 	.venv-peers/bin/pip install --disable-pip-version-check --quiet --no-deps -r tests/reference.txt
 	touch $@
 
-.PHONY: help serve test test-long bench bench-peers lint format dashboards reference rules lock clean
+.PHONY: help serve test test-long bench bench-peers fuzz gates audit lint format dashboards reference rules lock hashes clean

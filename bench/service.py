@@ -32,6 +32,7 @@ class Service:
     ready_seconds: float  # from the start of the process until it listens
     client: LoadClient
     process: int  # its id
+    admin_url: str
 
     def forecast_url(self, symbol: str = _SYMBOL) -> str:
         return f"{self.url}/forecast/{symbol}"
@@ -105,7 +106,19 @@ def start_service(store: ModelStore, home: Path, settings: Mapping[str, str]) ->
         ready = time.monotonic() - started
         if not line:
             raise ServerFailed(f"the service ended before it was ready: {log.read_text()[-500:]}")
-        yield Service(json.loads(line)["url"], ready, LoadClient(home), process.pid)
+        at = json.loads(line)
+        yield Service(at["url"], ready, LoadClient(home), process.pid, at["admin_url"])
+
+
+@contextlib.contextmanager
+def start_naive_service(folder: Path, settings: Mapping[str, str]) -> Iterator[Service]:
+    """A service whose models have no weights, with stored candles of BTC-USDT: for what lies around the models."""
+    store = ModelStore(folder / "store")
+    for name in ("naive", "toto-demo"):
+        put_version(store, name, "naive", {"family": "naive"}, {})
+    with start_service(store, folder / "home", settings) as service:
+        service.put_history(200, "BTC-USDT")
+        yield service
 
 
 def put_version(

@@ -59,7 +59,7 @@ class TooFewCandles(InvalidCandles):
 @lru_cache(maxsize=256)  # a request asks ten times
 def interval_ms(interval: str) -> int:
     """Length of an interval such as `5m`, `1h`, `1d` or `1w` in milliseconds; ValueError if it is none."""
-    match = re.fullmatch(r"([1-9]\d{0,3})([mhdw])", interval)
+    match = re.fullmatch(r"([1-9][0-9]{0,3})([mhdw])", interval)
     if not match:
         raise ValueError(f"{interval!r} is not an interval: write 1m, 15m, 1h, 4h, 1d or 1w")
     return int(match[1]) * _UNIT_MS[match[2]]

@@ -11,6 +11,7 @@ from typing import Final
 import uvicorn
 
 from service.app import create_admin_app, create_app, shows_docs
+from service.connections import Connection
 from service.listening import Listening, reachable
 from service.services import Services
 from service.settings import Settings
@@ -75,6 +76,8 @@ def _server(app: object, settings: Settings, lifespan: str) -> _Server:
     config = uvicorn.Config(
         app,  # type: ignore[arg-type]
         lifespan=lifespan,  # type: ignore[arg-type]
+        http=type("Connection", (Connection,), {"seconds": settings.client_seconds}),
+        ws="none",
         log_level="warning",
         access_log=False,
         server_header=False,

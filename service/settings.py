@@ -93,6 +93,9 @@ class Settings(BaseSettings):
         100, description="Symbols with metrics of their own: the first by name; the others count in their models'."
     )
     max_body_bytes: PositiveInt = Field(8 * 2**20, description="Largest request body; a larger one answers 413.")
+    client_seconds: PositiveFloat = Field(
+        30, description="Longest wait for a caller: for the whole of a request, or to take more of its answer."
+    )
     request_timeout_ms: PositiveInt = Field(20_000, description="Deadline of a request that names none.")
     drain_seconds: float = Field(
         0, ge=0, le=3600, description="After SIGTERM /readyz answers 503, and all else goes on for so long."

@@ -27,7 +27,7 @@ _BINANCE_WIDTH: Final = 12  # openTime o h l c v closeTime quoteVolume trades ta
 _ALPACA: Final = {"t", "o", "h", "l", "c", "v"}
 _ALPACA_OPTIONAL: Final = {"n", "vw"}
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-_RFC3339: Final = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)")
+_RFC3339: Final = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
 _FORMS: Final = (
     "candles are rows [ms, open, high, low, close, volume(, amount)], Binance kline rows,"
     " objects {t, o, h, l, c, v} or columns {timestamp, open, high, low, close, volume(, amount)}"

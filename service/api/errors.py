@@ -13,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Match
 
 from model_store.files import StoreError, VersionNotFound
 from model_store.gate import PromotionRefused
@@ -25,6 +26,26 @@ from service.engine.history import HistoryUnavailable, UnknownSymbol
 
 PROBLEM_JSON: Final = "application/problem+json"
 _MOST_ERRORS: Final = 10
+_PROBLEM: Final[Mapping[str, Any]] = {
+    "type": "object",
+    "title": "Problem",
+    "description": "RFC 9457; some codes bring members of their own.",
+    "required": ["type", "title", "status", "code", "detail", "errors", "next_steps"],
+    "properties": {
+        **{name: {"type": "string"} for name in ("type", "title", "code", "detail")},
+        "status": {"type": "integer"},
+        "errors": {
+            "type": "array",
+            "description": "What is wrong where: a JSON pointer into the body, or the name of a parameter.",
+            "items": {
+                "type": "object",
+                "required": ["detail"],
+                "properties": {name: {"type": "string"} for name in ("pointer", "parameter", "detail")},
+            },
+        },
+        "next_steps": {"type": "array", "items": {"type": "string"}},
+    },
+}
 _LONGEST_POINTER: Final = 200
 
 
@@ -52,12 +73,12 @@ class MalformedBody(HTTPException):
 
 
 class BodyTooLarge(HTTPException):
-    """The body is longer than the service reads."""
+    """The body is more than the service reads."""
 
     code = "body_too_large"
 
-    def __init__(self, limit: int) -> None:
-        super().__init__(413, f"the body is longer than {limit} bytes")
+    def __init__(self, detail: str) -> None:
+        super().__init__(413, detail)
 
 
 class Unauthorized(HTTPException):
@@ -194,8 +215,22 @@ def problem(
     return Response(json.dumps(body).encode(), status, headers, PROBLEM_JSON)
 
 
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The failures of a route, for its documentation."""
+    content = {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {status: {"description": http.HTTPStatus(status).phrase, "content": content} for status in statuses}
+
+
 def install(app: FastAPI) -> None:
-    """Make every failure of `app` a problem."""
+    """Make every failure of `app` a problem, and describe it as one."""
+    describe = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        described = describe()
+        described["components"]["schemas"]["Problem"] = _PROBLEM
+        return described
+
+    app.openapi = openapi  # type: ignore[method-assign] # FastAPI's own way to extend it
     app.add_exception_handler(InputError, _on_input_error)
     app.add_exception_handler(ModelError, _on_model_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
@@ -223,10 +258,20 @@ async def _on_validation_error(_: Request, error: Exception) -> Response:
     return problem(422, "invalid_input", f"{len(found)} part(s) of the request are not as described", errors=where)
 
 
-async def _on_http_exception(_: Request, error: Exception) -> Response:
+async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = getattr(error, "code", None) or http.HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
-    return problem(error.status_code, code, error.detail, headers=error.headers)
+    headers = {"Allow": _allowed(request, error)} if error.status_code == 405 else error.headers
+    return problem(error.status_code, code, error.detail, headers=headers)
+
+
+def _allowed(request: Request, error: HTTPException) -> str:
+    """The methods of a path: the route that refused knows only its own."""
+    found = set((error.headers or {}).get("Allow", "").split(", "))
+    for route in request.app.routes:
+        if route.matches(request.scope)[0] is Match.PARTIAL:
+            found |= getattr(route, "methods", found)
+    return ", ".join(sorted(found))
 
 
 async def _on_exception(_: Request, error: Exception) -> Response:

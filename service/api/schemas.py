@@ -3,7 +3,8 @@
 import re
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from fastapi import Path
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 
 from models.candles import SYMBOL, interval_ms, interval_name
 from models.forecaster import DEFAULT_LEVELS
@@ -40,14 +41,25 @@ def _normalise_levels(levels: list[float]) -> list[float]:
     return sorted(set(levels))
 
 
-Interval = Annotated[str, Field(max_length=8), AfterValidator(normalise_interval)]
+Symbol = Annotated[
+    str, Path(json_schema_extra={"pattern": r"^[A-Za-z0-9^][A-Za-z0-9._^=/:-]{0,31}$"}, examples=["BTC-USDT"])
+]
+Interval = Annotated[
+    str,
+    Field(max_length=8, json_schema_extra={"pattern": "^[1-9][0-9]{0,3}[mhdw]$"}),
+    AfterValidator(normalise_interval),
+]
+Instant = Annotated[
+    str,
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "format": "date-time"}]}),
+]
 Levels = Annotated[list[float], Field(min_length=1, max_length=20), AfterValidator(_normalise_levels)]
 Candles = Annotated[
     list[Any] | dict[str, Any],
     Field(
         description="ccxt rows [ms, open, high, low, close, volume(, amount)], Binance kline rows, Alpaca objects"
         " {t, o, h, l, c, v, n, vw} or columns {timestamp, open, high, low, close, volume(, amount)}, oldest first.",
-        examples=[[[1700006400000, 1.0, 1.1, 0.9, 1.05, 120.0]]],
+        examples=[[[1700006400000, 1.0, 1.1, 0.9, 1.05, 120.0], [1700010000000, 1.05, 1.2, 1.0, 1.15, 80.0]]],
     ),
 ]
 CalendarName = Annotated[str, Field(max_length=16, pattern=r"^[A-Za-z0-9/_]+$")]

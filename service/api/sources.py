@@ -37,7 +37,7 @@ def instant_of_knowledge(as_of: int | str | None, now: int) -> int:
 
 def instant_in_query(text: str, parameter: str) -> int:
     """Milliseconds, or a date and time, from a query string."""
-    number = text.isdecimal() and len(text) <= _LONGEST_INSTANT
+    number = text.isascii() and text.isdecimal() and len(text) <= _LONGEST_INSTANT
     return parse_instant(int(text) if number else text, parameter)
 
 

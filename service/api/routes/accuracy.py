@@ -6,9 +6,11 @@ from fastapi import APIRouter, Query
 
 from models.candles import CLOSE
 from models.scoring import group_name
+from service.api.errors import problems
 from service.api.schemas import (
     AccuracyAnswer,
     DriftAnswer,
+    Instant,
     Interval,
     ModelAccuracyAnswer,
     ModelsAccuracyAnswer,
@@ -16,6 +18,7 @@ from service.api.schemas import (
     SeriesAccuracyAnswer,
     ServedStepsAnswer,
     StandingAnswer,
+    Symbol,
     normalise_symbol,
 )
 from service.api.security import GuardedRoute, open_to
@@ -47,11 +50,12 @@ async def get_accuracy(parts: Parts) -> Any:
 @router.get(
     "/accuracy/{symbol}",
     response_model=AccuracyAnswer,
+    responses=problems(404, 422, 503),
     summary="What a symbol's forecasts were worth",
     openapi_extra=open_to("forecast"),
 )
 async def get_accuracy_of(
-    symbol: str,
+    symbol: Symbol,
     parts: Parts,
     interval: Annotated[Interval | None, Query(description="Default: every one that is stored.")] = None,
 ) -> Any:
@@ -65,14 +69,15 @@ async def get_accuracy_of(
 @router.get(
     "/forecasts/{symbol}",
     response_model=ServedStepsAnswer,
+    responses=problems(404, 422, 503),
     summary="Forecasts as they were served",
     openapi_extra=open_to("forecast"),
 )
 async def get_forecasts(
-    symbol: str,
+    symbol: Symbol,
     parts: Parts,
     interval: Annotated[Interval | None, Query(description="Default: the only one stored.")] = None,
-    as_of: Annotated[str | None, Query(description="Only what had been issued by then; default: now.")] = None,
+    as_of: Annotated[Instant | None, Query(description="Only what had been issued by then; default: now.")] = None,
     model: Annotated[str | None, Query(description="Only this version's, as NAME@VERSION; default: all.")] = None,
     limit: Annotated[int, Query(ge=1, le=_MOST_STEPS, description="How many of the newest.")] = 10_000,
 ) -> Any:
@@ -80,7 +85,7 @@ async def get_forecasts(
     name = normalise_symbol(symbol)
     stored = await calendars_of(name, parts.history)
     chosen = stored_interval(interval, stored, "interval")
-    known = instant_in_query(as_of, "as_of") if as_of else parts.now()
+    known = parts.now() if as_of is None else instant_in_query(as_of, "as_of")
     steps = [s for s in await parts.ledger.steps(name, chosen, known) if model in (None, s.model)][-limit:]
     rows = [
         (s.origin, s.issued_at, s.target, s.step, s.model, s.low_quantile, s.median, s.high_quantile, s.high, s.low)

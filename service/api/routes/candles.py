@@ -7,12 +7,14 @@ from typing import Annotated, Any, Final
 import numpy as np
 from fastapi import APIRouter, Query
 
-from service.api.errors import InputError
+from service.api.errors import InputError, problems
 from service.api.schemas import (
     CandlesAnswer,
+    Instant,
     Interval,
     PutCandlesAnswer,
     PutCandlesRequest,
+    Symbol,
     SymbolsAnswer,
     normalise_symbol,
 )
@@ -30,17 +32,18 @@ _MOST_CANDLES: Final = 10_000
 @router.put(
     "/candles/{symbol}",
     response_model=PutCandlesAnswer,
+    responses=problems(400, 404, 413, 422, 503),
     summary="Store closed candles",
     openapi_extra=open_to("ingest", cost="candles"),
 )
 async def put_candles(
-    symbol: str,
+    symbol: Symbol,
     parts: Parts,
     caller: Asking,
     body: PutCandlesRequest | None = None,
     restate: Annotated[bool, Query(description="Replace history, in one step; open forecasts follow it.")] = False,
     split: Annotated[float | None, Query(gt=0, le=1e4, description="New shares for one: 4, or 0.1.")] = None,
-    before: Annotated[str | None, Query(description="Candles that open before are from before the split.")] = None,
+    before: Annotated[Instant | None, Query(description="Candles that open before are from before the split.")] = None,
     interval: Annotated[Interval | None, Query(description="Of a split; default: the only one stored.")] = None,
 ) -> Any:
     """Idempotent and free of order between requests; a restated candle replaces the stored one.
@@ -117,15 +120,16 @@ async def _split(name: str, factor: float, before: int, interval: str | None, pa
 @router.get(
     "/candles/{symbol}",
     response_model=CandlesAnswer,
+    responses=problems(404, 422, 503),
     summary="Stored candles",
     openapi_extra=open_to("forecast", "ingest"),
 )
 async def get_candles(
-    symbol: str,
+    symbol: Symbol,
     parts: Parts,
     interval: Annotated[Interval | None, Query(description="Default: the only one stored.")] = None,
     limit: Annotated[int, Query(ge=1, le=_MOST_CANDLES, description="How many of the newest.")] = 500,
-    before: Annotated[str | None, Query(description="Only candles that open before: ms, or a time.")] = None,
+    before: Annotated[Instant | None, Query(description="Only candles that open before: ms, or a time.")] = None,
 ) -> Any:
     """The newest stored candles, oldest first."""
     name = normalise_symbol(symbol)
@@ -145,7 +149,11 @@ def _instant_of_page(before: str) -> int:
 
 
 @router.get(
-    "/symbols", response_model=SymbolsAnswer, summary="Stored symbols", openapi_extra=open_to("forecast", "ingest")
+    "/symbols",
+    response_model=SymbolsAnswer,
+    responses=problems(503),
+    summary="Stored symbols",
+    openapi_extra=open_to("forecast", "ingest"),
 )
 async def get_symbols(parts: Parts, caller: Asking) -> Any:
     """Every stored series that the key is for, with its interval, calendar, first and last candle."""

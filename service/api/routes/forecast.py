@@ -7,9 +7,10 @@ from fastapi import APIRouter, Request, Response
 from starlette.exceptions import HTTPException
 
 from model_store.files import VersionNotFound
+from service.api.errors import problems
 from service.api.forecasting import Noted, found_for, settled
 from service.api.repeated import AdmittedRoute, answer, remember
-from service.api.schemas import ForecastAnswer, ForecastRequest, normalise_symbol
+from service.api.schemas import ForecastAnswer, ForecastRequest, Symbol, normalise_symbol
 from service.api.security import Caller, caller_of, open_to
 from service.api.wire import ClientGone, unless_gone
 from service.engine.batcher import DeadlineExceeded, Overloaded
@@ -22,10 +23,13 @@ router = APIRouter(route_class=AdmittedRoute)
 @router.post(
     "/forecast/{symbol}",
     response_model=ForecastAnswer,
+    responses=problems(400, 404, 413, 422, 500, 503, 504),
     summary="Forecast a symbol's next candles",
     openapi_extra=open_to("forecast", cost="lookback + horizon x paths"),
 )
-async def post_forecast(symbol: str, parts: Parts, request: Request, body: ForecastRequest | None = None) -> Response:
+async def post_forecast(
+    symbol: Symbol, parts: Parts, request: Request, body: ForecastRequest | None = None
+) -> Response:
     """Forecast from the candles in the body, or from the stored history of the symbol."""
     asked = body or ForecastRequest.model_validate({})
     noted = Noted()

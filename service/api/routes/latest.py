@@ -7,8 +7,8 @@ from typing import Annotated, Any, Final
 from fastapi import APIRouter, Depends, Header, Query, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
-from service.api.errors import NoForecastYet
-from service.api.schemas import ForecastAnswer, Interval, WatchAnswer, WatchEntryAnswer, normalise_symbol
+from service.api.errors import NoForecastYet, problems
+from service.api.schemas import ForecastAnswer, Interval, Symbol, WatchAnswer, WatchEntryAnswer, normalise_symbol
 from service.api.security import Asking, GuardedRoute, open_to
 from service.api.watchlist import Latest, Watched
 from service.services import Parts
@@ -19,7 +19,7 @@ _STALE: Final = "Candlecast-Stale"
 
 
 async def _watched(
-    symbol: str,
+    symbol: Symbol,
     parts: Parts,
     model: Annotated[str | None, Query(description="As on the watch list; default: the first listed.")] = None,
     interval: Annotated[Interval | None, Query(description="Default: the first listed.")] = None,
@@ -61,7 +61,7 @@ async def get_watch(parts: Parts, caller: Asking) -> Any:
 @router.get(
     "/forecast/{symbol}/latest",
     response_model=ForecastAnswer,
-    responses={304: {"description": "If-None-Match names the newest forecast."}},
+    responses={304: {"description": "If-None-Match names the newest forecast."}, **problems(404, 422, 503)},
     summary="The newest forecast of a watched symbol",
     openapi_extra=open_to("forecast"),
 )
@@ -82,6 +82,7 @@ async def get_latest(watched: Listed, parts: Parts, if_none_match: Annotated[str
 @router.get(
     "/forecast/{symbol}/stream",
     response_class=EventSourceResponse,
+    responses=problems(404, 422, 503),
     summary="Every new forecast of a watched symbol, as server-sent events",
     openapi_extra=open_to("forecast"),
 )

@@ -10,6 +10,7 @@ from model_store.files import VerificationFailed, VersionNotFound
 from model_store.manifest import Evaluation, Manifest
 from model_store.store import PRODUCTION
 from models.scoring import group_name
+from service.api.errors import problems
 from service.api.routes.accuracy import scores_answer
 from service.api.schemas import (
     ComparedAnswer,
@@ -36,6 +37,7 @@ router = APIRouter(route_class=GuardedRoute)
 @router.get(
     "/models",
     response_model=ModelsAnswer,
+    responses=problems(503),
     summary="Models that can be asked for",
     openapi_extra=open_to("forecast", "admin"),
 )
@@ -48,6 +50,7 @@ async def get_models(parts: Parts) -> Any:
 @router.get(
     "/models/{name}/shadow",
     response_model=ShadowAnswer,
+    responses=problems(404, 422, 503),
     summary="What a shadow is worth beside production",
     openapi_extra=open_to("forecast", "admin"),
 )
@@ -63,6 +66,7 @@ async def get_shadow(name: str, parts: Parts) -> Any:
 @router.get(
     "/models/{name}/weights",
     response_model=WeightsAnswer,
+    responses=problems(404, 422, 503),
     summary="An ensemble's weights, now and before",
     openapi_extra=open_to("forecast", "admin"),
 )

@@ -8,7 +8,7 @@ from fastapi import APIRouter
 from model_store.files import VerificationFailed
 from model_store.gate import PromotionRefused
 from model_store.manifest import Manifest
-from service.api.errors import InputError
+from service.api.errors import InputError, problems
 from service.api.routes.models import exact_of, shadow_of, weights_of
 from service.api.schemas import PromoteAnswer, PromoteRequest, SetWeightsRequest, WeightsAnswer, normalise_symbol
 from service.api.security import open_to
@@ -21,6 +21,7 @@ router = APIRouter(route_class=StrictRoute)
 @router.post(
     "/models/{name}/promote",
     response_model=PromoteAnswer,
+    responses=problems(400, 404, 409, 413, 422, 503),
     summary="Have another version answer",
     openapi_extra=open_to("admin"),
 )
@@ -47,6 +48,7 @@ async def promote(name: str, parts: Parts, body: PromoteRequest) -> Any:
 @router.post(
     "/models/{name}/weights",
     response_model=WeightsAnswer,
+    responses=problems(400, 404, 413, 422, 503),
     summary="Take an ensemble's live weights back",
     openapi_extra=open_to("admin"),
 )

@@ -21,11 +21,11 @@ from fastapi import FastAPI
 from redis.asyncio import Redis
 from redis.exceptions import OutOfMemoryError, ResponseError
 
+from bench.fault_proxy import Fault, FaultProxy
 from service.engine.history import SLOTS
 from service.score.ledger import Registered, Served
 from service.services import Services
 from service.state import PrivateRedis, connect, is_lasting
-from tests.service.fault_proxy import Fault, FaultProxy
 
 pytestmark = pytest.mark.anyio
 
@@ -36,7 +36,7 @@ STEPS = 3
 NAIVE = {"model": "naive", "interval": "1h", "horizon": STEPS}
 SERIES = "cc:1:{BTC:1h}:"
 PATIENCE = 15.0  # of tests, for machines with other things to do
-UNREACHABLE = ("down", "timeout", "latency", "limit_data", "stopped")
+UNREACHABLE = ("down", "timeout", "latency", "limit_data", "garbage", "stopped", "wrong password")
 UNWRITABLE = ("oom", "readonly")
 
 
@@ -64,6 +64,9 @@ class Server:
             await self.redis.config_set("maxmemory", 1)
         elif fault == "readonly":
             await self.redis.execute_command("REPLICAOF", "127.0.0.1", 1)  # type: ignore[no-untyped-call]
+        elif fault == "wrong password":
+            await self.redis.config_set("requirepass", "another")
+            await self.redis.client_kill_filter(_type="normal", skipme=True)  # who is connected stays welcome
         elif fault == "stopped":
             os.kill(self.pid, signal.SIGSTOP)
         elif fault == "forgets scripts":
@@ -77,6 +80,8 @@ class Server:
             await self.redis.config_set("maxmemory", 0)
         elif fault == "readonly":
             await self.redis.execute_command("REPLICAOF", "NO", "ONE")  # type: ignore[no-untyped-call]
+        elif fault == "wrong password":
+            await self.redis.config_set("requirepass", "")
         elif fault == "stopped":
             os.kill(self.pid, signal.SIGCONT)
 

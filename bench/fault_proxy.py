@@ -6,7 +6,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, Final, Literal
 
-Fault = Literal["none", "down", "timeout", "latency", "limit_data", "slicer"]
+Fault = Literal["none", "down", "timeout", "latency", "limit_data", "slicer", "garbage"]
 
 _READ_BYTES: Final = 65_536
 _SLICED_BYTES: Final = 256  # of every piece; the rest goes at once, for the sake of the test's own time
@@ -18,7 +18,7 @@ class FaultProxy:
 
     `down` refuses connections and cuts those there are; `timeout` swallows what clients send; `latency` holds every
     piece of a reply for `seconds`; `limit_data` cuts the connection within a reply, after the server has done what it
-    replies to; `slicer` passes replies byte by byte.
+    replies to; `slicer` passes replies byte by byte; `garbage` spoils every byte of them.
     """
 
     def __init__(self, target: Path, seconds: float = 0.5) -> None:
@@ -112,6 +112,8 @@ class FaultProxy:
                 to_client.write(data[: len(data) // 2])
                 await to_client.drain()
                 return
+            if self._fault == "garbage":
+                data = bytes(byte ^ 0xA5 for byte in data)
             sliced = min(len(data), _SLICED_BYTES) if self._fault == "slicer" else 0
             for place in range(sliced):
                 to_client.write(data[place : place + 1])

@@ -1,0 +1,145 @@
+"""The wall-clock figures behind the service's promises, which no test may fail on, beside the tests of what counts.
+
+python -m bench.gates --only refusals
+"""
+
+import argparse
+import asyncio
+import contextlib
+import http.client
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Final, NamedTuple, get_args
+from urllib.parse import urlsplit
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.connection import Connection
+from bench.fault_proxy import Fault, FaultProxy
+from bench.hostile import Hostile, corpus
+from bench.load import SEED
+from bench.service import Service, forecast_body, start_naive_service
+from service.state import PrivateRedis, connect
+
+_ROUNDS: Final = 5
+_FORECASTS: Final = 200  # at each fault
+
+
+class Figure(NamedTuple):
+    """One line of the table; `bound` is the most that `reached` may be, None where it is only reported."""
+
+    gate: str
+    reached: float
+    unit: str
+    bound: float | None
+    test: str
+
+    @property
+    def verdict(self) -> str:
+        if self.bound is None:
+            return ""
+        return "met" if self.reached <= self.bound else "NOT MET"
+
+
+def refusals(folder: Path) -> Sequence[Figure]:
+    """Milliseconds from a hostile request to its refusal: of every body the median, and of those the worst."""
+    with start_naive_service(folder, {}) as service:
+        took = {hostile.name: _milliseconds(service, hostile) for hostile in corpus()}
+    shown = "tests/service/test_hostile.py"
+    worst = max(took, key=lambda name: took[name])
+    return [
+        Figure(f"refusing bad input, worst of {len(took)}: {worst}", took[worst], "ms", 50, shown),
+        Figure("refusing bad input, median", statistics.median(took.values()), "ms", 50, shown),
+    ]
+
+
+def _milliseconds(service: Service, hostile: Hostile) -> float:
+    at = urlsplit(service.url)
+    connection = http.client.HTTPConnection(at.hostname or "", at.port)
+    took = []
+    for _ in range(_ROUNDS):
+        begun = time.perf_counter()
+        connection.request(hostile.method, hostile.path, hostile.body, dict(hostile.headers))
+        connection.getresponse().read()
+        took.append(1000 * (time.perf_counter() - begun))
+    connection.close()
+    return statistics.median(took)
+
+
+def redis_faults(folder: Path) -> Sequence[Figure]:
+    """Forecasts of sent candles while the connection to Redis fails in each way there is."""
+    return asyncio.run(_redis_faults(folder))
+
+
+async def _redis_faults(folder: Path) -> Sequence[Figure]:
+    async with contextlib.AsyncExitStack() as stack:
+        private = PrivateRedis(folder / "redis")
+        client = connect(f"unix://{folder / 'redis' / PrivateRedis.SOCKET}")
+        await private.start(client)
+        stack.push_async_callback(private.stop)
+        stack.push_async_callback(client.aclose)
+        proxy = FaultProxy(folder / "redis" / PrivateRedis.SOCKET)
+        await proxy.become("none")
+        stack.push_async_callback(proxy.stop)
+        started = start_naive_service(folder, {"CANDLECAST_REDIS_URL": proxy.url})
+        service = await asyncio.to_thread(started.__enter__)
+        stack.callback(started.__exit__, None, None, None)
+        at = urlsplit(service.url)
+        connection = Connection(at.hostname or "", at.port or 80)
+        stack.callback(connection.close)
+        _, usual = await _forecasts(connection)
+        added, recovery, failed = {}, {}, 0
+        for fault in (each for each in get_args(Fault) if each != "none"):
+            await proxy.become(fault)
+            missed, slowest = await _forecasts(connection)
+            await proxy.become("none")
+            healed = time.monotonic()
+            while b'"degraded":[]' not in (await connection.get("/readyz")).body and time.monotonic() < healed + 60:
+                await asyncio.sleep(0.02)
+            added[fault], recovery[fault], failed = slowest - usual, time.monotonic() - healed, failed + missed
+    shown = "tests/service/score/test_faults.py"
+    slow, late = max(added, key=lambda each: added[each]), max(recovery, key=lambda each: recovery[each])
+    return [
+        Figure(f"forecasts that failed while Redis did, of {len(added) * _FORECASTS}", failed, "", 0, shown),
+        Figure(f"p99 added while Redis fails, worst: {slow}", added[slow], "ms", 150, shown),
+        Figure(f"recovery once Redis is back, worst: {late}", recovery[late], "s", 5, shown),
+    ]
+
+
+async def _forecasts(connection: Connection) -> tuple[int, float]:
+    """How many of some forecasts failed, and the 99th percentile of their milliseconds."""
+    body, failed, took = forecast_body("naive", 64, horizon=5), 0, []
+    for _ in range(_FORECASTS):
+        begun = time.perf_counter()
+        answer = await connection.post("/forecast/BENCH", body.replace(SEED, b"%d" % (time.monotonic_ns() % 2**40)))
+        took.append(1000 * (time.perf_counter() - begun))
+        failed += answer.status != 200
+    return failed, statistics.quantiles(took, n=100)[-1]
+
+
+GATES: Final[Mapping[str, Callable[[Path], Sequence[Figure]]]] = {
+    "refusals": refusals,
+    "redis-faults": redis_faults,
+}
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gates", description=__doc__)
+    parser.add_argument("--only", action="append", choices=GATES, help="once per measurement")
+    chosen = parser.parse_args().only or GATES
+    table = Table("gate", "reached", "bound", "verdict", "what can be counted is shown by")
+    for name in chosen:
+        with tempfile.TemporaryDirectory(prefix="candlecast-gates-") as folder:
+            for each in GATES[name](Path(folder)):
+                bound = "" if each.bound is None else f"{each.bound:g} {each.unit}"
+                table.add_row(each.gate, f"{each.reached:.3g} {each.unit}", bound, each.verdict, each.test)
+    Console(width=180).print(table)
+
+
+if __name__ == "__main__":
+    main()

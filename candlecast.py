@@ -23,6 +23,7 @@ def _listed(_: click.Context, __: click.Parameter, text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
+NOTHING_KEPT = 3  # exit code
 Day = click.DateTime(["%Y-%m-%d"])
 JsonFlag = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 StoreRoot = click.option(
@@ -52,6 +53,13 @@ ServiceUrl = click.option(
 )
 Key = click.option("--key", envvar="CANDLECAST_KEY", help="Its key; a variable keeps it out of the list of processes.")
 Device = click.option("--device", envvar="CANDLECAST_DEVICE", default="cpu", show_default=True, help="Torch device.")
+RayCluster = click.option(
+    "--ray",
+    "address",
+    metavar="ADDRESS",
+    help="Spread over a Ray cluster, with the same numbers: local, auto or HOST:PORT."
+    " Each worker has this machine's threads (OMP_NUM_THREADS).",
+)
 HomeFolder = click.option(
     "--home",
     envvar="CANDLECAST_HOME",
@@ -513,7 +521,7 @@ def _train_per_symbol(recipe: "Recipe", store: "ModelStore", home: Path, as_json
 @click.option("--horizon", type=click.IntRange(1), help="Steps; default: the shortest horizon among the models'.")
 @click.option("--stride", type=click.IntRange(1), default=16, show_default=True, help="Candles between origins.")
 @click.option(
-    "--samples", type=click.IntRange(1), default=64, show_default=True, help="Paths, where a model draws them."
+    "--samples", type=click.IntRange(1), help="Paths, where a model draws them; default: as it is served, or 64."
 )
 @click.option("--val-from", type=Day, default="2009-01-01", show_default=True, help="Training ends here.")
 @click.option("--test-from", type=Day, default="2010-06-01", show_default=True, help="The test's targets begin here.")
@@ -525,12 +533,14 @@ def _train_per_symbol(recipe: "Recipe", store: "ModelStore", home: Path, as_json
     type=click.Path(file_okay=False, path_type=Path),
     help="Write metrics.json and report.html into this folder.",
 )
+@RayCluster
 @DataFolder
 @StoreRoot
 @JsonFlag
 def evaluate(
     names: list[str],
     baselines: list[str],
+    address: str | None,
     folder: Path,
     store_root: str,
     as_json: bool,
@@ -541,17 +551,21 @@ def evaluate(
 
     \b
     Example: candlecast evaluate --models toto-demo,kronos-demo --part test --part unseen --out report
+             OMP_NUM_THREADS=1 candlecast evaluate --models kronos-demo --ray auto --out report
     """
+    from contextlib import nullcontext
+
     from rich.console import Console
 
     from model_store.store import ModelStore
+    from training.cluster import cluster
     from training.compare import compare
     from training.progress import bars
     from training.report import as_json as entries_json
     from training.report import table, write_report
 
-    with bars(quiet=as_json) as track:
-        judged = compare(ModelStore(store_root), names, baselines, folder, track=track, **options)
+    with cluster(address) if address else nullcontext() as workers, bars(quiet=as_json) as track:
+        judged = compare(ModelStore(store_root), names, baselines, folder, track=track, workers=workers, **options)
     entries = [(each.name, each.evaluation) for each in judged]
     if as_json:
         click.echo(json.dumps(entries_json(entries)))
@@ -603,6 +617,85 @@ def blend(names: tuple[str, ...], folder: Path, store_root: str, as_json: bool, 
         for group, row in enumerate(found.weights)
     ]
     _print_version(manifest, as_json, [*shares, *found.notes])
+
+
+@main.command()
+@click.argument(
+    "path", metavar="[RECIPE]", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path)
+)
+@click.option(
+    "--model", "reference", help="NAME or NAME@VERSION whose serving settings are searched, without training."
+)
+@click.option("--data", "folder", type=CandleFolder, help="For --model: candles; default: those of its training.")
+@click.option(
+    "--search",
+    "space",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="For --model: a TOML file whose [search] says what is tried, as a recipe's does.",
+)
+@click.option("--per-symbol", is_flag=True, help="For --model: a search and a child version for each symbol.")
+@click.option("--trials", type=click.IntRange(1), default=24, show_default=True, help="Settings that are tried.")
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes; 8 at most are busy.")
+@click.option("--stride", type=click.IntRange(1), default=4, show_default=True, help="Candles between origins.")
+@click.option("--horizon", type=click.IntRange(1), help="Steps that trials forecast; default: the recipe's.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@RayCluster
+@Device
+@HomeFolder
+@StoreRoot
+@JsonFlag
+def tune(
+    path: Path | None,
+    reference: str | None,
+    folder: Path | None,
+    space: Path | None,
+    per_symbol: bool,
+    address: str | None,
+    home: Path,
+    store_root: str,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Search RECIPE's training settings, or the serving settings of a stored --model, and keep what is proven.
+
+    The earlier part of the val windows is searched, and the later part then decides about the best trial alone: it
+    becomes the candidate if the paired interval of its gain excludes zero. Test and unseen windows choose nothing.
+    The same command goes on where it was ended. Exit code 3: nothing is kept.
+
+    \b
+    Example: candlecast tune training/recipes/kronos-demo.toml --trials 16
+             candlecast tune --model kronos-demo --workers 2
+    """
+    from contextlib import nullcontext
+
+    from model_store.store import ModelStore
+    from training.cluster import cluster
+    from training.progress import bars
+    from training.recipe import read_recipe, read_search
+    from training.study import Plan
+    from training.tune import tune_recipe, tune_version
+
+    if bool(path) == bool(reference) or (path and (folder or space or per_symbol)):
+        raise click.UsageError("give a RECIPE, or --model with its options")
+    if address and (options["workers"] > 1 or options["device"] != "cpu"):
+        raise click.UsageError("with --ray the cluster has the workers, and their device is the CPU")
+    store = ModelStore(store_root)
+    with cluster(address) if address else nullcontext() as found, bars(quiet=as_json) as track:
+        plan = Plan(cluster=found, **options)
+        if reference:
+            knobs = read_search(space) if space else None
+            tuned = list(tune_version(reference, store, track, home, plan, folder, knobs, per_symbol=per_symbol))
+        elif path:
+            tuned = [tune_recipe(read_recipe(path), store, track, home, plan)]
+    if as_json:
+        click.echo(json.dumps([each.as_json() for each in tuned]))
+    for each in tuned if not as_json else ():
+        click.echo(each.sentence)
+        if each.manifest:
+            _print_version(each.manifest, False, ["to serve it: candlecast store promote " + each.promotable])
+        click.echo(f"  {each.seconds:.0f} s, pictures in {each.report}")
+    if not any(each.manifest for each in tuned):
+        sys.exit(NOTHING_KEPT)
 
 
 @main.command()

@@ -7,7 +7,7 @@ from typing import Final
 
 import click
 
-from bench import adapters, capacity, curves, floor, forecasts, http, loading, training
+from bench import adapters, capacity, curves, evaluation, floor, forecasts, http, loading, training
 from bench.published import KRONOS, TOTO_BASE, toto_config
 from bench.run import RESULTS, Measure, run
 
@@ -28,6 +28,9 @@ MEASURES: Final[Mapping[str, Measure]] = {
     "adapters-kronos": partial(adapters.adapters, family="kronos"),
     "training-toto": training.toto_step,
     "training-kronos": training.kronos_step,
+    "evaluation-toto": evaluation.toto,
+    "evaluation-kronos": evaluation.kronos,
+    "tuning-kronos": evaluation.tuning,
     "http-overhead": http.overhead,
     "http-load": http.under_load,
     "http-cached": http.cached,

@@ -150,7 +150,7 @@ def table(rows: Sequence[Row]) -> Table:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 def main(root: Path, model: str, data: Path, origins: int, seeds: int, *, as_json: bool) -> None:
     store = ModelStore(root)
-    name, forecaster, lookback, sampling = load_forecaster(store, model)
+    name, forecaster, lookback, sampling, _ = load_forecaster(store, model)
     rows = measure(forecaster, sampling, origins_after_training(store, model, data, origins, lookback), seeds)
     if as_json:
         click.echo(json.dumps([asdict(row) for row in rows], indent=1))

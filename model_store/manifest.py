@@ -136,6 +136,30 @@ class TrainingRecord(_Strict):
     losses: dict[str, float] = Field(default={}, description="By phase, mean of the last tenth; skill is what counts.")
 
 
+class SelectedOn(_Strict):
+    """What chose settings: a search over some windows, and one test of its winner on later windows. None is the
+    test's."""
+
+    settings: dict[str, Any] = Field(description="What was chosen, by the name it has in a recipe.")
+    before: str = Field(description="Version whose settings were the current ones, or the recipe that had them.")
+    symbols: tuple[str, ...]
+    interval: str
+    horizon: int
+    trials: int = Field(description="Those that ended early are among them.")
+    score: str = Field(description="What a trial was judged by: lower is better.")
+    search_start: str = Field(description="Days of the first and the last target of the search.")
+    search_end: str
+    search_windows: int
+    decision_start: str = Field(description="The same of the windows that it never saw.")
+    decision_end: str
+    decision_windows: int
+    gain: float = Field(description="1 - the score there / that of the current settings.")
+    low: float
+    high: float
+    confidence: float = Field(description="Of the interval from low to high: paired, by blocks of one horizon.")
+    p_value: float = Field(description="Diebold-Mariano test of the same losses.")
+
+
 class Parity(_Strict):
     """How far an artefact is from the version's float32 functions, executed eagerly."""
 
@@ -210,6 +234,7 @@ class Manifest(_Strict):
     files: dict[FileName, FileEntry] = Field(json_schema_extra={"additionalProperties": False})
     serving: dict[str, Any] = Field(default_factory=dict, description="Defaults of request parameters.")
     training: TrainingRecord | None = None
+    selected_on: SelectedOn | None = Field(default=None, description="Of settings that a search chose.")
     evaluations: tuple[Evaluation, ...] = ()
     baselines: tuple[Baseline, ...] = ()
     canary: Canary | None = None

@@ -97,6 +97,7 @@ class ModelStore:
 
     def __init__(self, root: str | Path, cache: Path | None = None, public_key: Path | None = None) -> None:
         """Where there is a `public_key`, or CANDLECAST_STORE_PUBLIC_KEY names one, it must have signed what is used."""
+        self.where = str(root) if "://" in str(root) else str(Path(root).absolute())  # as another process finds it
         self._at = root_of(root, cache or Path(os.environ.get("CANDLECAST_HOME", "var")) / "store-cache")
         self.root = self._at.folder
         self._key = trusted_key(public_key)

@@ -90,6 +90,11 @@ def usual_lookback(family: str, serving: Mapping[str, Any], most: int) -> int:
     return int(serving.get("lookback", DEFAULT_LOOKBACK.get(family, most)))
 
 
+def served_aggregate(serving: Mapping[str, Any]) -> str:
+    """How a version makes a point of its paths, by its serving defaults."""
+    return str(serving.get("aggregate", "median"))
+
+
 @dataclass(frozen=True)
 class Forecast:
     """What a model says about one symbol. Prices and volumes in the units of the candles."""

@@ -72,7 +72,9 @@ def blend(
         refuse_leaks(store, exact, split, ("test",))
     asked = {exact: member_of(version.build(), version.manifest.serving) for exact, version in members.items()}
     context = max(member.lookback for member in asked.values())
-    alone = {exact: (_alone(member, steps), member.lookback, member.sampling) for exact, member in asked.items()}
+    alone = {
+        exact: (_alone(member, steps), member.lookback, member.sampling, "median") for exact, member in asked.items()
+    }
     parts: tuple[Part, ...] = ("val", "test", "unseen") if split.unseen else ("val", "test")
     scores: dict[Part, Mapping[str, Scores]] = {}
     for part in parts:

@@ -12,6 +12,7 @@ from torch import Tensor
 from model_store.gate import window_scores
 from model_store.manifest import Baseline, Evaluation
 from models import scoring
+from models.calendars import Calendar
 from models.candles import CLOSE, Floats, interval_ms
 from models.forecaster import Forecast, Forecaster, ForecastInput, Sampling, batches, forecast
 from models.uniforms import derive_seed
@@ -21,6 +22,7 @@ from training.outcomes import Outcomes, outcomes
 from training.scores import KEPT, LEVELS, Estimator, Scores
 from training.windows import Origins, forecast_input, series_calendar
 
+BATCH_ROWS: Final = 64  # windows that are forecast at once, and of a piece
 BASELINE_LEVELS: Final = (0.1, 0.25, 0.5, 0.75, 0.9)
 _PATH_FLOOR: Final = 1e-6  # of the last close: a path at zero or below has no logarithm
 
@@ -35,37 +37,40 @@ def evaluate(
     *,
     sampling: Sampling | None = None,
     lookback: int,
+    aggregate: str = "median",
     calendar: str = "auto",
-    batch_rows: int = 64,
+    batch_rows: int = BATCH_ROWS,
     progress: Callable[[int], None] | None = None,
 ) -> Scores:
-    """Forecast every origin, in batches of one bucket, and score the close; `progress` hears of finished origins.
+    """Forecast every origin, piece by piece, and score the close; `progress` hears of finished origins.
 
-    The seed of a forecast is a function of symbol, interval and origin alone. Paths are drawn independently of each
-    other, as the fair CRPS assumes, whatever `sampling` says. ValueError without origins.
+    The seed of a forecast is a function of symbol, interval and origin alone, so the pieces may also be forecast
+    elsewhere and in any order. ValueError without origins.
     """
     facts = outcomes(series, origins)
-    tally = _Tally(facts)
-    independent = replace(sampling or Sampling(), stratified=False)
-    inputs = _inputs(series, origins, independent, lookback, calendar)
-    for rows, batch in batches(forecaster, inputs, batch_rows):
-        for row, result in zip(rows, forecast(forecaster, batch), strict=True):
-            tally.add(row, result)
-        if progress:
-            progress(len(rows))
-    return tally.scores()
+    calendars = calendars_of(series, origins, calendar)
+    return gathered(
+        facts,
+        [
+            predict(forecaster, series, calendars, piece, lookback, sampling or Sampling(), aggregate, progress)
+            for piece in pieces(origins, batch_rows)
+        ],
+    )
 
 
 def side_by_side(
-    entrants: Mapping[str, tuple[Forecaster, int, Sampling]],
+    entrants: Mapping[str, tuple[Forecaster, int, Sampling, str]],
     series: Sequence[Series],
     origins: Origins,
     *,
     calendar: str = "auto",
-    batch_rows: int = 64,
+    batch_rows: int = BATCH_ROWS,
     progress: Callable[[str, int], None] | None = None,
 ) -> dict[str, Scores]:
-    """Scores of several (forecaster, lookback, sampling) on identical origins; `progress` hears whose are finished."""
+    """Scores of several (forecaster, lookback, sampling, aggregate) on identical origins.
+
+    `progress` hears whose are finished.
+    """
     return {
         name: evaluate(
             forecaster,
@@ -73,37 +78,100 @@ def side_by_side(
             origins,
             sampling=sampling,
             lookback=lookback,
+            aggregate=aggregate,
             calendar=calendar,
             batch_rows=batch_rows,
             progress=progress and partial(progress, name),
         )
-        for name, (forecaster, lookback, sampling) in entrants.items()
+        for name, (forecaster, lookback, sampling, aggregate) in entrants.items()
     }
 
 
-def _inputs(
-    series: Sequence[Series], origins: Origins, sampling: Sampling, lookback: int, calendar: str
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """What N forecasts of H closes come to; quantiles and CRPS are log-returns from the last close."""
+
+    point: Floats  # [N, H] closes
+    quantiles: Floats  # [N, Q, H] at KEPT
+    crps: Floats  # [N, H]
+    samples: int | None
+
+
+def pieces(origins: Origins, rows: int = BATCH_ROWS) -> list[Origins]:
+    """The origins in their order, `rows` of them at a time."""
+    return [replace(origins, pairs=origins.pairs[at : at + rows]) for at in range(0, len(origins), rows)]
+
+
+def calendars_of(series: Sequence[Series], origins: Origins, name: str = "auto") -> dict[int, Calendar]:
+    """By its index, the calendar of every series that has an origin."""
+    return {index: series_calendar(series[index], name) for index in {index for index, _ in origins.pairs}}
+
+
+def predict(
+    forecaster: Forecaster,
+    series: Sequence[Series] | Mapping[int, Series],
+    calendars: Mapping[int, Calendar],
+    piece: Origins,
+    lookback: int,
+    sampling: Sampling,
+    aggregate: str = "median",
+    progress: Callable[[int], None] | None = None,
+) -> Predictions:
+    """Forecast the origins of one piece, in batches of one bucket.
+
+    Paths are drawn independently of each other, as the fair CRPS assumes, whatever `sampling` says.
+    """
+    steps = np.arange(piece.horizon + 1)
+    closes = np.stack([series[index].candles[origin + steps, CLOSE] for index, origin in piece.pairs])
+    tally = _Tally(closes[:, 0], np.log(closes[:, 1:] / closes[:, :1]))
+    asked = inputs(series, calendars, piece, lookback, replace(sampling, stratified=False), aggregate)
+    for rows, batch in batches(forecaster, asked, len(piece)):
+        for row, result in zip(rows, forecast(forecaster, batch), strict=True):
+            tally.add(row, result)
+        if progress:
+            progress(len(rows))
+    return tally.predictions()
+
+
+def gathered(facts: Outcomes, found: Sequence[Predictions]) -> Scores:
+    """The scores of all origins from the predictions of their pieces, in order."""
+    samples = found[0].samples
+    estimator: Estimator = "ensemble" if samples else "quantiles"
+    point, quantiles, crps = (
+        np.concatenate([getattr(each, name) for each in found]) for name in ("point", "quantiles", "crps")
+    )
+    return Scores(facts, estimator, samples, point, quantiles, crps)
+
+
+def inputs(
+    series: Sequence[Series] | Mapping[int, Series],
+    calendars: Mapping[int, Calendar],
+    piece: Origins,
+    lookback: int,
+    sampling: Sampling,
+    aggregate: str = "median",
 ) -> Iterator[ForecastInput]:
-    calendars = {index: series_calendar(series[index], calendar) for index, _ in origins.pairs}
-    for index, origin in origins.pairs:
+    """What a forecaster is asked at each origin; its seed is a function of symbol, interval and origin alone."""
+    for index, origin in piece.pairs:
         item = series[index]
-        plain = forecast_input(item, origin, horizon=origins.horizon, lookback=lookback, calendar=calendars[index])
+        plain = forecast_input(item, origin, horizon=piece.horizon, lookback=lookback, calendar=calendars[index])
         seed = derive_seed(item.symbol, item.interval, int(item.timestamps[origin]))
-        yield replace(plain, levels=KEPT, sampling=sampling, seed=seed, with_paths=True)
+        yield replace(plain, levels=KEPT, sampling=sampling, aggregate=aggregate, seed=seed, with_paths=True)
 
 
 class _Tally:
-    """Forecasts arrive in any order; scores leave in the order of the origins."""
+    """Forecasts arrive in any order; predictions leave in the order of the origins."""
 
-    def __init__(self, facts: Outcomes) -> None:
-        self._facts = facts
-        origins, horizon = shape = facts.actual.shape
+    def __init__(self, last_close: Floats, moves: Floats) -> None:
+        """`[N]` closes and `[N, H]` log-returns from them."""
+        self._last_close, self._moves = last_close, moves
+        origins, horizon = shape = moves.shape
         self._point, self._crps = np.empty(shape), np.empty(shape)
         self._quantiles = np.empty((origins, len(KEPT), horizon))
         self._samples: int | None = None
 
     def add(self, row: int, result: Forecast) -> None:
-        last_close, actual = self._facts.last_close[row], self._facts.moves[row]
+        last_close, actual = self._last_close[row], self._moves[row]
         quantiles = np.log(result.quantiles["close"] / last_close)
         self._point[row] = result.point[:, CLOSE]
         self._quantiles[row] = quantiles
@@ -114,9 +182,8 @@ class _Tally:
             self._crps[row] = scoring.crps_ensemble(actual, np.log(closes / last_close))
             self._samples = len(closes)
 
-    def scores(self) -> Scores:
-        estimator: Estimator = "ensemble" if self._samples else "quantiles"
-        return Scores(self._facts, estimator, self._samples, self._point, self._quantiles, self._crps)
+    def predictions(self) -> Predictions:
+        return Predictions(self._point, self._quantiles, self._crps, self._samples)
 
 
 # -- summing up ------------------------------------------------------------------------------------

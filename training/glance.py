@@ -51,7 +51,7 @@ def forecast_symbol(
     if symbol.upper() not in series:
         raise LookupError(f"{folder} has no candles of {symbol}; it has: {', '.join(sorted(series))}")
     chosen = series[symbol.upper()]
-    name, forecaster, lookback, sampling = load_forecaster(store, reference)
+    name, forecaster, lookback, sampling, aggregate = load_forecaster(store, reference)
     item = forecast_input(
         chosen,
         len(chosen) - 1,
@@ -59,7 +59,8 @@ def forecast_symbol(
         lookback=lookback,
         calendar=series_calendar(chosen),
     )
-    item = replace(item, levels=_LEVELS, seed=seed, sampling=replace(sampling, samples=samples))
+    sampling = replace(sampling, samples=samples)
+    item = replace(item, levels=_LEVELS, seed=seed, sampling=sampling, aggregate=aggregate)
     return Glance(chosen.symbol, name, item, forecast(forecaster, [item])[0])
 
 

@@ -69,6 +69,11 @@ def page(judged: Sequence[Judged]) -> str:
         *(f"<dt>{escape(word)}</dt><dd>{escape(meaning)}</dd>" for word, meaning in _WORDS.items()),
         "</dl></div>",
     ]
+    return document(title, body)
+
+
+def document(title: str, body: Sequence[str]) -> str:
+    """A page of pieces of HTML, with the styles of all reports."""
     return _TEMPLATE.substitute(title=escape(title), body="\n".join(body))
 
 
@@ -94,10 +99,10 @@ def _part(part: Sequence[Judged], colours: Colours) -> str:
             "<p>Shades and whiskers are 95 % intervals. Calibrated forecasts lie on the diagonal: the share of closes"
             " below a quantile is its level.</p>",
             f"<div class='legend'>{legend}</div>",
-            _grid(charts, 2),
+            grid(charts, 2),
             "<h3>Where the closes fell within the forecast distribution (PIT)</h3><p>Flat is calibrated; a hump is a"
             " band too wide, a bowl one too narrow, a slope a bias.</p>",
-            _grid([_pit(each, colours[each.name]) for each in spread], 3),
+            grid([_pit(each, colours[each.name]) for each in spread], 3),
             *(_fans(each, colours[each.name]) for each in models),
         ]
     )
@@ -107,7 +112,8 @@ def _facts(evaluation: Evaluation) -> str:
     return windows(evaluation).partition(": ")[2]
 
 
-def _grid(charts: Sequence[Plot], columns: int) -> str:
+def grid(charts: Sequence[Plot], columns: int) -> str:
+    """Cards side by side."""
     cards = "".join(f"<div class='card'>{chart.svg()}</div>" for chart in charts)
     return f"<div class='grid-{columns}'>{cards}</div>"
 
@@ -232,7 +238,7 @@ def _fans(judged: Judged, colour: str) -> str:
     return (
         f"<h3>Best, median and worst window of {escape(judged.name)}</h3>"
         "<p>By CRPS in volatilities known at the origin. Close (dark), forecast median and its 50, 80 and 95 % bands;"
-        f" the dashed line is naive.</p>{_grid(charts, 3)}"
+        f" the dashed line is naive.</p>{grid(charts, 3)}"
     )
 
 

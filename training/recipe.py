@@ -1,11 +1,11 @@
 """A recipe: everything that decides a training run, in one TOML file."""
 
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from models.candles import COLUMNS
 from training.losses import LossName
@@ -130,6 +130,33 @@ class SelectTable(_Strict):
     patience: int | None = Field(None, gt=0, description="Judgements without a better one after which the run ends.")
 
 
+Value = bool | int | float | str
+_SEARCHED: Final = ("phases", "objective", "network", "tune", "serving")  # all else decides what is judged, or how
+
+
+class Knob(_Strict):
+    """What a search may give one setting: whole numbers or fractions from `low` to `high`, or one of `choices`."""
+
+    low: int | float | None = None
+    high: int | float | None = None
+    log: bool = Field(False, description="Equal ratios are equally likely.")
+    choices: tuple[Value, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if self.low is None or self.high is None:
+            if self.low is not None or self.high is not None or self.log or len(self.choices) < 2:
+                raise ValueError("a searched setting has low and high, or two choices or more")
+        elif self.choices or self.low >= self.high or (self.log and self.low <= 0):
+            raise ValueError("a range has no choices, and goes up from low (with log, from above 0) to high")
+        return self
+
+    @property
+    def ends(self) -> tuple[Value, ...]:
+        """The values that say whether all between them are valid."""
+        return self.choices or tuple(end for end in (self.low, self.high) if end is not None)
+
+
 class Recipe(_Strict):
     """See training/recipes/*.toml."""
 
@@ -148,6 +175,9 @@ class Recipe(_Strict):
     select: SelectTable | None = Field(None, description="By default the last weights are published.")
     evaluate: EvaluateTable
     serving: ServingTable = ServingTable()
+    search: dict[str, Knob] = Field(
+        {}, exclude=True, description="For candlecast tune, by setting, such as phases.network.learning_rate."
+    )
 
     @model_validator(mode="after")
     def _phases_of_the_family(self) -> Self:
@@ -177,6 +207,29 @@ class Recipe(_Strict):
             raise ValueError("with a folder for each part, the split has unseen at most")
         return self
 
+    @model_validator(mode="after")
+    def _searches_what_is_there(self) -> Self:
+        for name, knob in self.search.items():
+            for value in knob.ends:
+                self.with_settings({name: value})
+        return self
+
+    def with_settings(self, settings: Mapping[str, Value]) -> Self:
+        """This recipe with some of its settings replaced, each named like phases.network.steps; it searches nothing.
+
+        ValueError where it has no such setting, or not with this value.
+        """
+        content = self.model_dump()
+        for path, value in settings.items():
+            *tables, name = path.split(".")
+            table: Any = content if path.startswith(_SEARCHED) else {}
+            for each in tables:
+                table = table.get(each) if isinstance(table, dict) else None
+            if not isinstance(table, dict) or not tables or name not in table:
+                raise ValueError(f"the recipe has no setting {path!r} to be searched")
+            table[name] = value
+        return self.model_validate(content)
+
     def with_roots(self, train: Path, val: Path | None, test: Path) -> Self:
         """This recipe on other candles, a folder for each part."""
         roots = {"folder": None, "train_root": train, "val_root": val, "test_root": test}
@@ -194,6 +247,11 @@ def _changed(table: BaseModel) -> Iterator[str]:
 def read_recipe(path: Path) -> Recipe:
     """The recipe in a TOML file; pydantic's ValidationError names every wrong key."""
     return parse_recipe(path.read_text())
+
+
+def read_search(path: Path) -> dict[str, Knob]:
+    """The `[search]` of a TOML file, which need not be a recipe."""
+    return TypeAdapter(dict[str, Knob]).validate_python(tomllib.loads(path.read_text()).get("search", {}))
 
 
 def parse_recipe(text: str) -> Recipe:

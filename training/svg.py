@@ -92,6 +92,11 @@ class Plot:
         box = f'x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" height="{bottom - top:.1f}"'
         self._mark(f'<rect {box} style="fill:{colour}" opacity="{opacity}">', name, "rect")
 
+    def dot(self, x: float, y: float, colour: str, name: str, *, opacity: float = 0.85) -> None:
+        """A point."""
+        at = f'cx="{self._across(x):.1f}" cy="{self._down(y):.1f}" r="3.6"'
+        self._mark(f'<circle {at} style="fill:{colour}" opacity="{opacity}">', name, "circle")
+
     def rule(self, name: str, *, x: float | None = None, y: float | None = None) -> None:
         """A dashed grey line at `x` or `y`, with its name at the end."""
         at_x = self._x if x is None else (x, x)

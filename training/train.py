@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from model_store.canary import canary_of
-from model_store.manifest import Baseline, Evaluation, Manifest, ModelLimits, Origin, TrainingRecord
+from model_store.manifest import Baseline, Evaluation, Manifest, ModelLimits, Origin, SelectedOn, TrainingRecord
 from model_store.store import CANDIDATE, PRODUCTION, LoadedVersion, ModelStore
 from models import scoring
 from models.families import build_forecaster
-from models.forecaster import Forecaster, served_sampling
+from models.forecaster import Forecaster, served_aggregate, served_sampling
 from models.kronos.network import KronosPredictor, PredictorConfig
 from models.kronos.tokenizer import KronosTokenizer, TokenizerConfig
 from models.layers import load_strictly
@@ -50,6 +50,7 @@ from training.windows import (
 
 Weights = Mapping[str, Tensor]
 Track = Callable[[str, float, str], None]  # what, share done, one line
+Watch = Callable[[float, Callable[[], Weights]], None]  # share done of the last phase, what would be published
 _SHOWN: Final = 20  # symbols that a message lists
 _BASELINE_BLOCKS: Final = 90  # with fewer, the drift alarm is raised several times as often by chance
 
@@ -93,6 +94,7 @@ class Prepared:
     base: Base | None = None  # unless training starts from scratch
     symbol: str | None = None  # the only one, which alone the version will serve
     device: str = "cpu"
+    selected_on: SelectedOn | None = None  # what chose the recipe's settings, if a search did
 
     @property
     def model(self) -> str:
@@ -189,15 +191,20 @@ def _fit_and_publish(prepared: Prepared, store: ModelStore, track: Track, folder
     return store.manifest(f"{prepared.model}@{CANDIDATE}")
 
 
-def fit_phases(prepared: Prepared, track: Track, folder: RunFolder) -> Trained:
-    """Run every phase of the recipe, each from where it stands in `folder`."""
+def fit_phases(prepared: Prepared, track: Track, folder: RunFolder, watch: Watch | None = None) -> Trained:
+    """Run every phase of the recipe, each from where it stands in `folder`; what `watch` raises ends it."""
     recipe = prepared.recipe
 
     def run(phase: str, objective: Objective, published: Callable[[], Weights] | None = None) -> Run:
         selection = (
             Selection(recipe.select, partial(_judge, prepared, published)) if recipe.select and published else None
         )
-        report = partial(track, f"{recipe.name} {phase}")
+
+        def report(done: float, line: str) -> None:
+            track(f"{recipe.name} {phase}", done, line)
+            if watch and published:
+                watch(done, published)
+
         return fit(objective, recipe.phases[phase], report, folder.place(phase), selection)
 
     return _FITTERS[recipe.family](prepared, run)
@@ -217,10 +224,10 @@ def prepare(recipe: Recipe, cache: Path | None = None, base: Base | None = None)
     return _prepared(recipe, series, split, parts, base)
 
 
-def prepare_one(recipe: Recipe, item: Series, split: Split, base: Base) -> Prepared:
+def prepare_one(recipe: Recipe, item: Series, split: Split, base: Base | None = None) -> Prepared:
     """The recipe for one symbol alone; ValueError where that has too few candles."""
     alone = _prepared(recipe, [item], split, {"test": recipe.evaluate.stride}, base)
-    return replace(alone, symbol=item.symbol, device=base.device)
+    return replace(alone, symbol=item.symbol, device=base.device if base else "cpu")
 
 
 def _prepared(
@@ -373,7 +380,7 @@ def _score(forecaster: Forecaster, prepared: Prepared, origins: Origins, report:
         judged += rows
         report(judged / len(origins), f"{judged} origins")
 
-    return _evaluate(forecaster, prepared, origins, prepared.recipe.evaluate.samples, advance)
+    return evaluate_as_served(forecaster, prepared, origins, prepared.recipe.evaluate.samples, advance)
 
 
 def _judge(prepared: Prepared, published: Callable[[], Weights]) -> Judgement:
@@ -381,25 +388,27 @@ def _judge(prepared: Prepared, published: Callable[[], Weights]) -> Judgement:
     assert recipe.select is not None
     assert prepared.choosing is not None
     forecaster = build_forecaster(recipe.family, recipe.network, published(), prepared.device)
-    scores = _evaluate(forecaster, prepared, prepared.choosing, recipe.select.samples)
+    scores = evaluate_as_served(forecaster, prepared, prepared.choosing, recipe.select.samples)
     relative = np.abs(scores.errors).mean() / np.abs(scores.naive_errors).mean()
     return Judgement(crps=float(scores.crps.mean()), skill_vs_naive=float(1 - relative))
 
 
-def _evaluate(
+def evaluate_as_served(
     forecaster: Forecaster,
     prepared: Prepared,
     origins: Origins,
     samples: int,
     progress: Callable[[int], None] | None = None,
 ) -> Scores:
-    recipe = prepared.recipe
+    """By the recipe's serving defaults; `samples` and the whole context where it has none for these."""
+    recipe, serving = prepared.recipe, _serving(prepared.recipe)
     return evaluate(
         forecaster,
         prepared.series,
         origins,
-        sampling=replace(served_sampling(_serving(recipe)), samples=samples),
-        lookback=recipe.context,
+        sampling=served_sampling({"samples": samples, **serving}),
+        lookback=serving.get("lookback", recipe.context),
+        aggregate=served_aggregate(serving),
         calendar=recipe.data.calendar,
         batch_rows=recipe.evaluate.batch_rows,
         progress=progress,
@@ -426,6 +435,7 @@ def judge_and_publish(prepared: Prepared, trained: Trained, store: ModelStore, t
         ),
         "serving": _serving(recipe),
         "training": _record(prepared, trained),
+        "selected_on": prepared.selected_on,
         "evaluations": tuple(summary(own, beside.get(part)) for part, own in scores.items()),
         "baselines": drift_baselines(forecaster, prepared, scores["test"], track),
         "canary": canary_of(forecaster),

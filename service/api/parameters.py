@@ -4,7 +4,14 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from model_store.manifest import ModelLimits
-from models.forecaster import DEFAULT_HORIZON, ModelError, Sampling, served_sampling, usual_lookback
+from models.forecaster import (
+    DEFAULT_HORIZON,
+    ModelError,
+    Sampling,
+    served_aggregate,
+    served_sampling,
+    usual_lookback,
+)
 from service.api.errors import InputError
 from service.api.schemas import ForecastRequest
 from service.engine.registry import LoadedModel
@@ -43,7 +50,7 @@ def settle(request: ForecastRequest, model: LoadedModel) -> Parameters:
         levels=tuple(request.quantiles),
         sampling=replace(served_sampling(serving), **given),
         draws=bool(used),
-        aggregate=request.aggregate or serving.get("aggregate", "median"),
+        aggregate=request.aggregate or served_aggregate(serving),
         paths=request.paths,
     )
 

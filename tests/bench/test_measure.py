@@ -5,7 +5,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from bench import capacity, curves, floor, forecasts, http
+from bench import capacity, curves, evaluation, floor, forecasts, http
 from bench.__main__ import MEASURES, main
 from bench.facts import header, machine_facts
 from bench.printed import print_report
@@ -37,6 +37,21 @@ def test_quantiles_in_a_hurry_are_held_to_as_many_samples_as_were_drawn(bench):
     [row] = forecasts.toto_quantiles(bench)
     assert row.against == "reference, 16 samples"
     assert row.reach == 500 * 16 / 256
+
+
+@pytest.mark.parametrize(
+    "take",
+    [
+        evaluation.toto,
+        pytest.param(evaluation.kronos, marks=pytest.mark.long),
+        pytest.param(evaluation.tuning, marks=pytest.mark.long),
+    ],
+)
+def test_windows_of_a_core_are_counted_beside_the_references_loop(bench, take):
+    [row] = take(bench)
+    assert (row.detail["windows"], set(row.detail["per_second"])) == (16, {"reference", "eager float32"})
+    low, high = row.detail["interval"]
+    assert 0 < low <= row.reached <= high
 
 
 def test_engine_is_timed_beside_its_floor(bench):

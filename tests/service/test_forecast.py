@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from bench.service import put_version
 from models.forecaster import ForecastInput, Row
 from models.naive import NaiveForecaster
 
@@ -258,6 +259,30 @@ async def test_serving_defaults_of_the_version_apply_until_the_request_says_othe
     answer = await client.post("/forecast/BTC", json={"model": "brief", "horizon": 2, "lookback": 7})
     assert answer.json()["horizon"] == 2
     assert answer.json()["meta"]["context"] == 7
+
+
+async def test_every_tuned_setting_of_a_version_is_what_a_request_gets_that_does_not_override_it(
+    running: Any, store: Any, tiny: Any, rows: Any
+) -> None:
+    """Asked for nothing, it answers as the same weights do that are asked for all of it."""
+    tuned = {"lookback": 20, "samples": 7, "temperature": 0.6, "top_p": 0.9, "top_k": 9, "aggregate": "mean"}
+    config, weights = tiny["kronos"]
+    for name, serving in (("plain", {}), ("tuned", tuned)):
+        put_version(store, name, "kronos", config, weights, serving=serving)
+    async with running(build=lambda version, device: version.build(device)) as (client, _):
+        await client.put("/candles/BTC", json={"candles": rows(80), "interval": "1h"})
+
+        async def ask(model: str, **words: Any) -> Any:
+            answer = await forecast(client, "BTC", model=model, seed=5, **words)
+            return answer["forecast"], answer["quantiles"], answer["meta"]["context"], answer["meta"]["samples"]
+
+        expected = await ask("plain", **tuned)
+        assert await ask("tuned") == expected
+        usual = {"lookback": 64, "samples": 32, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "aggregate": "median"}
+        for name, value in usual.items():
+            overridden = await ask("tuned", **{name: value})
+            assert overridden == await ask("plain", **{**tuned, name: value})
+            assert overridden != expected, name
 
 
 async def test_extreme_but_valid_candles_never_answer_with_a_number_that_is_none(client: Any, rows: Any) -> None:

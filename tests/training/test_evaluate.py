@@ -9,11 +9,11 @@ import pytest
 
 from models import scoring
 from models.candles import CLOSE, DAY_MS, Floats
-from models.forecaster import Sampling
+from models.forecaster import Forecaster, Sampling
 from models.naive import NaiveForecaster
 from tests.walk import WalkForecaster
 from training.candle_files import Series
-from training.evaluate import baselines, evaluate, side_by_side, summary
+from training.evaluate import baselines, calendars_of, evaluate, gathered, pieces, predict, side_by_side, summary
 from training.outcomes import outcomes
 from training.scores import LEVELS, Scores
 from training.windows import Origins, Split, rolling_origins, split_by_dates
@@ -157,6 +157,21 @@ def test_scores_do_not_depend_on_the_batches(samples: list[Series], sample_origi
     assert (by_five.pinball == other.pinball).all()
 
 
+@pytest.mark.parametrize("family", ["toto", "kronos"])
+def test_pieces_give_the_same_bits_whatever_their_size_and_order(
+    family: str, samples: list[Series], sample_origins: Origins, build_tiny: Callable[..., Forecaster]
+) -> None:
+    few = replace(sample_origins, horizon=8, pairs=sample_origins.pairs[100:105] + sample_origins.pairs[-8:])
+    forecaster, sampling = build_tiny(family), Sampling(samples=4)
+    whole = evaluate(forecaster, samples, few, sampling=sampling, lookback=64)
+    calendars = calendars_of(samples, few)
+    backwards = [predict(forecaster, samples, calendars, piece, 64, sampling) for piece in reversed(pieces(few, 3))]
+    found = gathered(whole.outcomes, backwards[::-1])
+    assert (found.samples, found.estimator) == (whole.samples, whole.estimator)
+    for name in ("point", "quantiles", "crps"):
+        assert getattr(found, name).tobytes() == getattr(whole, name).tobytes(), name
+
+
 def test_every_origin_has_its_own_seed(samples: list[Series], sample_origins: Origins) -> None:
     forecaster = WalkForecaster(with_paths=True)
     evaluate(forecaster, samples, sample_origins, lookback=64)
@@ -173,8 +188,8 @@ def test_progress_hears_of_every_origin(samples: list[Series], sample_origins: O
 def test_side_by_side_judges_all_on_the_same_outcomes(samples: list[Series], sample_origins: Origins) -> None:
     few = Origins("test", HORIZON, sample_origins.pairs[:50])
     entrants = {
-        "naive": (NaiveForecaster(), 64, Sampling()),
-        "walk": (WalkForecaster(with_paths=True), 200, Sampling(samples=16)),
+        "naive": (NaiveForecaster(), 64, Sampling(), "median"),
+        "walk": (WalkForecaster(with_paths=True), 200, Sampling(samples=16), "median"),
     }
     found = side_by_side(entrants, samples, few)
     assert list(found) == ["naive", "walk"]

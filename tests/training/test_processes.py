@@ -1,8 +1,10 @@
 """Two processes, as torchrun starts them, take the steps of one."""
 
 import json
+import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from training.recipe import read_recipe
 from training.train import train
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+TWO_MACHINES = (*TORCHRUN[:3], "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d")
 GRADIENTS = """
 import sys
 from tests.training.test_processes import save_gradients
@@ -80,3 +83,37 @@ def test_two_processes_train_and_publish_one_version(sample_folder, tmp_path):
     for name in ("loss", "gradient_norm", "crps"):
         expected = [line[name] for line in one if name in line]
         assert [line[name] for line in two if name in line] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.long
+def test_two_machines_give_the_weights_of_one_with_two_processes(sample_folder, tmp_path):
+    """Both on this one, with what two would share: the store and the home."""
+    path = tmp_path / "recipe.toml"
+    path.write_text(small_recipe("toto", sample_folder, steps=8))
+
+    def command(where):
+        return ("-m", "candlecast", "train", str(path), "--store", str(tmp_path / where / "store"), "--json")
+
+    run(*command("one"), "--home", str(tmp_path / "one"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = ("--rdzv-endpoint", f"127.0.0.1:{free.getsockname()[1]}")
+    with ExitStack() as machines:
+        started = [
+            machines.enter_context(
+                subprocess.Popen(
+                    [*TWO_MACHINES, *meeting, *command("two"), "--home", str(tmp_path / "two")],
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+            )
+            for _ in range(2)
+        ]
+        for each in started:
+            machines.callback(each.kill)
+        said = [each.communicate(timeout=300)[0] for each in started]
+    assert [each.returncode for each in started] == [0, 0], said
+    assert sum('"version"' in each for each in said) == 1
+    one, two = (ModelStore(tmp_path / where / "store").manifest("toto-demo") for where in ("one", "two"))
+    assert one.files["weights.safetensors"] == two.files["weights.safetensors"]

@@ -667,7 +667,10 @@ def tune(
              candlecast tune --model kronos-demo --workers 2
     """
     from contextlib import nullcontext
+    from importlib.util import find_spec
 
+    if find_spec("optuna") is None:
+        raise click.ClickException("a search needs pip install 'candlecast[tune]'")
     from model_store.store import ModelStore
     from training.cluster import cluster
     from training.progress import bars

@@ -112,3 +112,10 @@ def test_every_json_and_toml_block_can_be_read() -> None:
     for page in PAGES:
         for kind, text in re.findall(r"^```(json|toml)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
             json.loads(text) if kind == "json" else tomllib.loads(text)
+
+
+def test_every_test_that_the_threat_model_names_exists() -> None:
+    written = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    named = set(re.findall(r"`(test_\w+)`", (DOCS / "security.md").read_text()))
+    assert named
+    assert {name for name in named if f"def {name}(" not in written} == set()

@@ -20,10 +20,13 @@ serve: .venv/.installed ## install, train the two demo models if the store has n
 	$(BIN)/candlecast serve --load data/samples
 
 test: lint ## lint, types, every test but the long ones
-	$(BIN)/pytest -m "not long"
+	$(BIN)/pytest -m "not long and not frameworks"
 
 test-long: .venv/.tested ## the tests that take minutes
 	$(BIN)/pytest -m long
+
+test-examples: .venv/.tested .venv-freqtrade/.installed .venv-nautilus/.installed ## the bots of examples/ in their frameworks
+	$(BIN)/pytest -m frameworks -rP tests/examples
 
 bench: .venv/.tested ## the numbers beside the references and the hardware floor; DEVICE=cuda, BENCH="--quick --only start"
 	$(BIN)/python -m bench --device $(DEVICE) $(BENCH)
@@ -82,7 +85,7 @@ audit: .venv/.tested .venv-audit/.installed ## hashes, vulnerabilities, licences
 	$(BIN)/python -m bench.audit --tools .venv-audit $(AUDIT)
 
 clean: ## delete the environment and every cache; candles, models and what the service wrote stay
-	rm -rf .venv .venv-peers .venv-audit .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf .venv .venv-peers .venv-audit .venv-freqtrade .venv-nautilus .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
 	find $(wildcard $(SOURCES)) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/bin/python:
@@ -105,6 +108,12 @@ clean: ## delete the environment and every cache; candles, models and what the s
 		$$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["audit"])')
 	touch $@
 
+# Neither goes with the versions of requirements.lock, and freqtrade is under the GPL, nautilus_trader under the LGPL.
+.venv-%/.installed: examples/%.txt client/pyproject.toml | .venv/bin/python
+	$(BIN)/python -m venv .venv-$*
+	.venv-$*/bin/pip install --disable-pip-version-check --quiet -r $< -e ./client
+	touch $@
+
 # The servers pin packages that ours has outgrown: only what theirs and the reference predictor import goes in beside them.
 .venv-peers/.installed: pyproject.toml constraints.txt tests/reference.txt | .venv/bin/python
 	$(BIN)/python -m venv .venv-peers
@@ -112,4 +121,4 @@ clean: ## delete the environment and every cache; candles, models and what the s
 	.venv-peers/bin/pip install --disable-pip-version-check --quiet --no-deps -r tests/reference.txt
 	touch $@
 
-.PHONY: help serve test test-long bench bench-peers fuzz gates audit lint format dashboards reference rules lock hashes clean
+.PHONY: help serve test test-long test-examples bench bench-peers fuzz gates audit lint format dashboards reference rules lock hashes clean

@@ -27,7 +27,18 @@ NO_HTTP_NO_STATE = {"fastapi", "starlette", "uvicorn", "redis", "httpx", "reques
 VAGUE = re.compile(r"utils?|helpers?|core|common|managers?|misc|.*v\d+")
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:root|home|Users|work)/[^\s\"']*")
 WRITTEN_HERE = (".py", ".toml", ".txt", ".lock", ".md", ".yml", ".yaml", ".json", ".html", ".js")
-NOT_OURS = {".venv", ".venv-peers", ".venv-audit", ".git", "var", "data", "artifacts", "dist"}
+NOT_OURS = {
+    ".venv",
+    ".venv-peers",
+    ".venv-audit",
+    ".venv-freqtrade",
+    ".venv-nautilus",
+    ".git",
+    "var",
+    "data",
+    "artifacts",
+    "dist",
+}
 
 
 def sources(package: str) -> list[Path]:

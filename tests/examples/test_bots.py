@@ -1,13 +1,8 @@
 """The bots trade against a real service, and on nothing that was not known."""
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,37 +11,12 @@ import pytest
 from candlecast_client import Candlecast, from_frame
 from examples.backtesting_strategy import run
 from examples.ccxt_loop import Decision, Replay, decisions
-from model_store.store import ModelStore
-from tests.service.test_serve import PROGRAM
+from tests.examples.conftest import with_another_future
 
 pytestmark = pytest.mark.long
 
-ROOT = Path(__file__).parents[2]
 BARS = 24  # that are traded
 ASKED = {"symbol": "GOOG", "model": "toto", "horizon": 3, "heed": False}  # random weights have shown no skill
-
-
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory, put_tiny: Any) -> Iterator[Candlecast]:
-    """Of a service whose Toto has random weights: its forecasts depend on every candle."""
-    place = tmp_path_factory.mktemp("bots")
-    put_tiny(ModelStore(place / "store"), "toto")
-    settings = {
-        "HOME": place / "home",
-        "STORE_ROOT": place / "store",
-        "PORT": 0,
-        "ADMIN_PORT": 0,
-        "RUNTIME": "eager-float32",
-    }
-    environment = os.environ | {f"CANDLECAST_{name}": str(value) for name, value in settings.items()}
-    command = [sys.executable, "-c", PROGRAM]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=ROOT) as service:
-        assert service.stdout is not None
-        line = service.stdout.readline()
-        assert line, "the service ended before it was ready"
-        with Candlecast(json.loads(line)["url"], timeout=120) as client:
-            yield client
-        service.terminate()
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +24,6 @@ def candles(packaged_candles: Callable[[str], Path]) -> pd.DataFrame:
     """The last of GOOG's days that backtesting.py brings."""
     table = pd.read_csv(packaged_candles("GOOG.csv"), index_col=0, parse_dates=True)
     return from_frame(table).iloc[-100:]
-
-
-def with_another_future(candles: pd.DataFrame, known: int) -> pd.DataFrame:
-    """The same first `known` candles, then others."""
-    other = candles.copy()
-    factors = np.exp(np.cumsum(np.random.default_rng(0).normal(0, 0.1, len(candles) - known)))
-    other.iloc[known:] = other.iloc[known:].mul(factors, axis=0)
-    return other
 
 
 def test_the_strategy_decides_by_closed_candles_alone(client: Candlecast, candles: pd.DataFrame) -> None:

@@ -40,6 +40,9 @@ fuzz: .venv/.tested ## Schemathesis against both ports; FUZZ="--max-examples 500
 gates: .venv/.tested ## the wall-clock figures behind the promises under bad input, and the tests of the countable ones
 	$(BIN)/python -m bench.gates
 
+soak: .venv/.tested ## ten minutes at half load: memory, descriptors, threads, tasks, series, p99; SOAK="--seconds 3600"
+	$(BIN)/python -m bench.soak $(SOAK)
+
 lint: .venv/.tested ## ruff and mypy --strict
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
@@ -121,4 +124,5 @@ clean: ## delete the environment and every cache; candles, models and what the s
 	.venv-peers/bin/pip install --disable-pip-version-check --quiet --no-deps -r tests/reference.txt
 	touch $@
 
-.PHONY: help serve test test-long test-examples bench bench-peers fuzz gates audit lint format dashboards reference rules lock hashes clean
+.PHONY: help serve test test-long test-examples bench bench-peers fuzz gates soak audit lint format dashboards reference
+.PHONY: rules lock hashes clean

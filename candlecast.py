@@ -185,6 +185,50 @@ def health(host: str, port: int, as_json: bool) -> None:
 
 
 @main.command()
+@click.argument("file", metavar="FILE.tar", type=click.Path(dir_okay=False, path_type=Path))
+@JsonFlag
+def backup(file: Path, as_json: bool) -> None:
+    """Write history, ledger and model store to FILE.tar, as of one instant; the service may run meanwhile.
+
+    Where they are say the settings of `serve`. API keys, quotas and the cache of forecasts stay out.
+
+    \b
+    Example: candlecast backup monday.tar
+    """
+    import asyncio
+
+    from service.backup import backup
+    from service.settings import Settings
+
+    index = asyncio.run(backup(Settings(), file))
+    _tell_backup(f"{file} holds", index.at.isoformat(), len(index.files), index.bytes, as_json)
+
+
+@main.command()
+@click.argument("file", metavar="FILE.tar", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--replace", is_flag=True, help="Instead of the history and the aliases that are there.")
+@JsonFlag
+def restore(file: Path, replace: bool, as_json: bool) -> None:
+    """Put back what is in FILE.tar, once all of it is verified, where the settings of `serve` say; then start it.
+
+    \b
+    Example: candlecast restore monday.tar
+    """
+    import asyncio
+
+    from service.backup import restore
+    from service.settings import Settings
+
+    index = asyncio.run(restore(Settings(), file, replace=replace))
+    _tell_backup("restored", index.at.isoformat(), len(index.files), index.bytes, as_json)
+
+
+def _tell_backup(what: str, at: str, files: int, size: int, as_json: bool) -> None:
+    told = json.dumps({"at": at, "files": files, "bytes": size})
+    click.echo(told if as_json else f"{what} everything as of {at}: {files} files, {size / 1e6:.1f} MB")
+
+
+@main.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path))
 @click.option("--symbol", help="Of rows that name none; default: the file's name without its ending.")
 @click.option("--interval", help="Such as 1h, of rows that name none; default: the step between the candles.")

@@ -10,7 +10,7 @@ import http.client
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple, get_args
 from urllib.parse import urlsplit
@@ -127,18 +127,25 @@ GATES: Final[Mapping[str, Callable[[Path], Sequence[Figure]]]] = {
 }
 
 
+def show(figures: Iterable[Figure]) -> None:
+    """Print them as a table."""
+    table = Table("gate", "reached", "bound", "verdict", "what can be counted is shown by")
+    for each in figures:
+        bound = "" if each.bound is None else f"{each.bound:.4g} {each.unit}"
+        table.add_row(each.gate, f"{each.reached:.4g} {each.unit}", bound, each.verdict, each.test)
+    Console(width=180).print(table)
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m bench.gates", description=__doc__)
     parser.add_argument("--only", action="append", choices=GATES, help="once per measurement")
     chosen = parser.parse_args().only or GATES
-    table = Table("gate", "reached", "bound", "verdict", "what can be counted is shown by")
+    figures: list[Figure] = []
     for name in chosen:
         with tempfile.TemporaryDirectory(prefix="candlecast-gates-") as folder:
-            for each in GATES[name](Path(folder)):
-                bound = "" if each.bound is None else f"{each.bound:g} {each.unit}"
-                table.add_row(each.gate, f"{each.reached:.3g} {each.unit}", bound, each.verdict, each.test)
-    Console(width=180).print(table)
+            figures += GATES[name](Path(folder))
+    show(figures)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,8 @@ if TYPE_CHECKING:
     from models.forecaster import Forecaster
 
 CANDIDATE, PRODUCTION, PREVIOUS, SHADOW = "candidate", "production", "previous", "shadow"
+ALIASES: Final = "aliases"
+BESIDE: Final = (ALIASES, "audit", "signatures")
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _LEASE: Final = timedelta(minutes=10)  # services say every minute what they hold
 
@@ -134,6 +136,13 @@ class ModelStore:
         """Who did what when and why, oldest first."""
         _check_name(model)
         return [json.loads(data) for _, data in sorted(self._at.read_all(f"{model}/audit").items())]
+
+    def beside(self, model: str) -> dict[str, bytes]:
+        """What lies beside the versions of `model`: aliases, log and signatures, by path under the model."""
+        _check_name(model)
+        return {
+            f"{kind}/{name}": data for kind in BESIDE for name, data in self._at.read_all(f"{model}/{kind}").items()
+        }
 
     def resolve(self, reference: str) -> tuple[str, str]:
         """`name` (its production version), `name@version` or `name@alias` as (model, version)."""
@@ -260,14 +269,27 @@ class ModelStore:
         contents[MANIFEST] = canonical_json(complete.model_dump(mode="json"))
         return self.put_files(complete, contents, reason=f"{complete.origin.kind} from {complete.origin.source}")
 
-    def put_files(self, manifest: Manifest, contents: Mapping[str, bytes], *, reason: str) -> Manifest:
-        """Store a version's files, its manifest among them, as they are; they have been verified."""
+    def put_files(self, manifest: Manifest, contents: Mapping[str, bytes], *, reason: str | None) -> Manifest:
+        """Store a version's files, its manifest among them, as they are; they have been verified.
+
+        Without a reason the log, which is then put back too, does not mention it.
+        """
         model, version = manifest.model, manifest.version
         if self._has(model, version):
             return self.verify(f"{model}@{version}")
         self._at.publish(f"{model}/{version}", contents)
-        self._record(model, "put", reason, version=version)
+        if reason is not None:
+            self._record(model, "put", reason, version=version)
         return manifest
+
+    def put_beside(self, model: str, found: Mapping[str, bytes]) -> None:
+        """Have the aliases among `found`, as `beside` gave it, and no others; add the rest to what is there."""
+        with self._at.locked(model):
+            for path, data in sorted(found.items(), reverse=True):  # aliases last
+                self._at.write(f"{model}/{path}", data)
+            for path in self.beside(model).keys() - found.keys():
+                if path.startswith(f"{ALIASES}/"):
+                    self._at.remove(f"{model}/{path}")
 
     def set_alias(self, model: str, alias: str, version: str, *, reason: str | None = None) -> None:
         """Point `alias` at `version` (or at what another alias points at now) atomically."""

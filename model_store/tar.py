@@ -18,9 +18,7 @@ def pack(store: ModelStore, reference: str, path: Path) -> Manifest:
     manifest, contents = store.files(reference)
     with open(path, "xb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for name in sorted(contents, key=lambda name: (name != MANIFEST, name)):
-            member = tarfile.TarInfo(f"{manifest.model}/{manifest.version}/{name}")
-            member.size, member.mode = len(contents[name]), 0o644
-            tar.addfile(member, io.BytesIO(contents[name]))
+            add(tar, f"{manifest.model}/{manifest.version}/{name}", contents[name])
     return manifest
 
 
@@ -37,17 +35,24 @@ def unpack(store: ModelStore, path: Path, *, reason: str | None = None) -> Manif
     return manifest
 
 
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Append a plain file, without owner or time."""
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = len(data), 0o644
+    tar.addfile(member, io.BytesIO(data))
+
+
 def _read(tar: tarfile.TarFile) -> tuple[Manifest, dict[str, bytes]]:
-    members = _plain_members(tar)
+    members = plain_members(tar)
     first = next(members, None)
-    model, version, name = _parts(first) if first else ("", "", "")
+    model, version, name = parts_of(first) if first else ("", "", "")
     if first is None or name != MANIFEST or first.size > _MAX_MANIFEST_BYTES:
         raise VerificationFailed(f"a packed version begins with its {MANIFEST}")
-    data = _bytes_of(tar, first)
+    data = bytes_of(tar, first)
     manifest = parse_manifest(data, model, version)
     contents = {MANIFEST: data}
     for member in members:
-        *home, name = _parts(member)
+        *home, name = parts_of(member)
         if home[:2] == [model, version] and home[2:3] == [RUNTIMES]:
             continue  # native code of another machine, for all that is known
         entry = manifest.files.get(name)
@@ -55,7 +60,7 @@ def _read(tar: tarfile.TarFile) -> tuple[Manifest, dict[str, bytes]]:
             raise VerificationFailed(f"{member.name} is unlisted")
         if member.size != entry.bytes:
             raise VerificationFailed(f"{member.name} is not what was stored")
-        contents[name] = _bytes_of(tar, member)
+        contents[name] = bytes_of(tar, member)
         if entries_of({name: contents[name]})[name] != entry:
             raise VerificationFailed(f"{member.name} is not what was stored")
     missing = ", ".join(sorted(manifest.files.keys() - contents.keys()))
@@ -64,14 +69,15 @@ def _read(tar: tarfile.TarFile) -> tuple[Manifest, dict[str, bytes]]:
     return manifest, contents
 
 
-def _plain_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+def plain_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Its members in order; VerificationFailed at the first that is not a plain file."""
     for member in tar:
         if not member.isreg() or member.issparse():
             raise VerificationFailed(f"{member.name} is not a plain file")
         yield member
 
 
-def _parts(member: tarfile.TarInfo) -> list[str]:
+def parts_of(member: tarfile.TarInfo) -> list[str]:
     """Of its name, which is relative and goes nowhere but down."""
     parts = member.name.split("/")
     if len(parts) < 3 or not all(parts) or {".", ".."} & set(parts):
@@ -79,7 +85,8 @@ def _parts(member: tarfile.TarInfo) -> list[str]:
     return parts
 
 
-def _bytes_of(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+def bytes_of(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """All of a member; VerificationFailed where the archive ends within it."""
     file = tar.extractfile(member)
     data = file.read() if file else b""
     if len(data) != member.size:

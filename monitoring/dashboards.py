@@ -408,6 +408,12 @@ MODELS: Final = Dashboard(
             [Query(quantile(0.99, "candlecast_event_loop_lag_seconds", "instance"), "{{instance}}")],
         ),
         Panel(
+            "Tasks of the event loop",
+            "Open requests, and what runs beside them; it grows for good only where something is never finished.",
+            "short",
+            [Query("candlecast_event_loop_tasks{<service>}", "{{instance}}")],
+        ),
+        Panel(
             "Garbage collections",
             "By generation; the oldest stops everything for longest.",
             "cps",

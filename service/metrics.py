@@ -285,16 +285,20 @@ class Metrics:
             buckets=_LAG_SECONDS,
             registry=to,
         )
+        self.loop_tasks = Gauge(
+            "candlecast_event_loop_tasks", "Tasks of the event loop, done ones left out.", registry=to
+        )
         to.register(Snapshot(lambda: _gpu_memory(device)))
         ProcessCollector(registry=to)
         GCCollector(registry=to)
 
     async def watch_loop(self) -> None:
-        """Note, until cancelled, how late the event loop is."""
+        """Note, until cancelled, how late the event loop is, and how much it has to do."""
         while True:
             started = time.monotonic()
             await asyncio.sleep(_LOOP_EVERY)
             self.loop_lag.observe(max(0.0, time.monotonic() - started - _LOOP_EVERY))
+            self.loop_tasks.set(len(asyncio.all_tasks()))
 
     def expect_model(self, model: str) -> None:
         """Start the model's series at zero, so that a rate exists before the first event."""

@@ -45,8 +45,9 @@ class State:
     """A Redis client whose server may come and go: `up` tells whether the last ping was answered."""
 
     def __init__(self, url: str | None, home: Path, metrics: Metrics) -> None:
-        self._server = None if url else PrivateRedis(home / "redis")
-        url = url or f"unix://{home.resolve() / 'redis' / PrivateRedis.SOCKET}"
+        private = PrivateRedis(home / "redis")
+        self._server = None if url else private
+        url = url or private.url
         self.redis = connect(url)
         self._patient = connect(url, _LONG_SECONDS)
         self.line = Line(url)
@@ -150,6 +151,11 @@ class PrivateRedis:
         self._socket = self._folder / self.SOCKET
         self._process: subprocess.Popen[bytes] | None = None
         self._lock: IO[str] | None = None
+
+    @property
+    def url(self) -> str:
+        """Where it listens while it runs."""
+        return f"unix://{self._socket}"
 
     @property
     def died(self) -> bool:

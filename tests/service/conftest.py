@@ -137,7 +137,7 @@ def running(tmp_path: Path, store: ModelStore, put_naive: PutNaive) -> Running:
     async def start(
         *, build: Any = build_naive, now: Callable[[], int] = lambda: NOW, **settings: Any
     ) -> AsyncIterator[tuple[httpx.AsyncClient, FastAPI]]:
-        chosen = Settings(home=tmp_path / "home", **{"store_root": store.root, **settings})
+        chosen = Settings(**{"home": tmp_path / "home", "store_root": store.root, **settings})
         app = create_app(chosen, build=build, now=now)
         async with app.router.lifespan_context(app):
             transport = httpx.ASGITransport(app, raise_app_exceptions=False)

@@ -17,7 +17,19 @@ from model_store.store import LoadedVersion, ModelStore
 from service.api import errors
 from service.api.quotas import Quotas
 from service.api.refreshing import Refresher
-from service.api.routes import accuracy, candles, elsewhere, forecast, health, latest, models, page, promotion
+from service.api.routes import (
+    accuracy,
+    candles,
+    config,
+    elsewhere,
+    forecast,
+    health,
+    inference,
+    latest,
+    models,
+    page,
+    promotion,
+)
 from service.api.security import PUBLIC, Access, GuardedRoute, SafeAnswers, describe_keys, is_loopback
 from service.api.watchlist import WatchList
 from service.api.wire import BodyLimit, ClosedConnections, CountedAnswers, SymbolPaths
@@ -34,6 +46,7 @@ from service.engine.selection import Selection
 from service.engine.series import load_calendar
 from service.engine.shadows import Shadows
 from service.keys import KEYS_FILE
+from service.logs import KnownRequests
 from service.metrics import Metrics
 from service.score.evaluator import Evaluator
 from service.score.ledger import Ledger
@@ -68,7 +81,7 @@ def create_app(settings: Settings, *, build: Build = LoadedVersion.build, now: C
     app.state.services = services
     # Included after the documentation's routes, they would be looked for twice in every request, and behind those.
     forecasting = (elsewhere,) if settings.role == "evaluator" else (forecast, latest)
-    ours = (*forecasting, candles, accuracy, models, health, page)
+    ours = (*forecasting, candles, accuracy, models, health, inference, page)
     app.router.routes[:0] = [route for module in ours for route in module.router.routes]
     errors.install(app)
     app.add_middleware(SymbolPaths)
@@ -80,10 +93,11 @@ def create_app(settings: Settings, *, build: Build = LoadedVersion.build, now: C
             CORSMiddleware,
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST", "PUT"],
-            allow_headers=["Authorization", "Content-Type", "If-None-Match", "Last-Event-ID"],
-            expose_headers=["ETag", "RateLimit", "RateLimit-Policy", "Retry-After", "Server-Timing"],
+            allow_headers=["Authorization", "Content-Type", "If-None-Match", "Last-Event-ID", "X-Request-ID"],
+            expose_headers=["ETag", "RateLimit", "RateLimit-Policy", "Retry-After", "Server-Timing", "X-Request-ID"],
         )
     app.add_middleware(CountedAnswers, metrics=services.metrics)
+    app.add_middleware(KnownRequests)
     return app
 
 
@@ -93,11 +107,13 @@ def create_admin_app(services: Services) -> FastAPI:
     app.state.services = services
     app.router.route_class = GuardedRoute
     app.include_router(promotion.router)
+    app.include_router(config.router)
     errors.install(app)
     app.add_middleware(BodyLimit, limit=services.settings.max_body_bytes)
     app.add_middleware(SafeAnswers)
+    app.add_middleware(KnownRequests)
 
-    @app.get("/metrics", response_class=PlainTextResponse, openapi_extra=PUBLIC)
+    @app.get("/metrics", response_class=PlainTextResponse, summary="Every metric", openapi_extra=PUBLIC)
     async def get_metrics(request: Request) -> Response:
         """Every series, in the text format or in OpenMetrics."""
         encode, content_type = choose_encoder(request.headers.get("accept", ""))

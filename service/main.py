@@ -10,6 +10,7 @@ from typing import Final
 
 import uvicorn
 
+from service import logs
 from service.app import create_admin_app, create_app, shows_docs
 from service.connections import Connection
 from service.listening import Listening, reachable
@@ -49,6 +50,7 @@ def serve(settings: Settings, on_ready: Callable[[Listening], None]) -> None:
 async def _serve(
     settings: Settings, callers: socket.socket, admin: socket.socket, on_ready: Callable[[Listening], None]
 ) -> None:
+    logs.set_up(settings.log)
     app = create_app(settings)
     services: Services = app.state.services
     servers = [
@@ -78,6 +80,7 @@ def _server(app: object, settings: Settings, lifespan: str) -> _Server:
         lifespan=lifespan,  # type: ignore[arg-type]
         http=type("Connection", (Connection,), {"seconds": settings.client_seconds}),
         ws="none",
+        log_config=None,
         log_level="warning",
         access_log=False,
         server_header=False,

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from pydantic.fields import FieldInfo
 
 from service.api.errors import NEXT_STEPS
-from service.app import create_app
+from service.app import create_admin_app, create_app
 from service.settings import Settings
 
 _INTRODUCTION: Final = """# Reference
@@ -31,6 +31,9 @@ _ROUTES: Final = """
 
 `/docs` describes them in full, `/openapi.json` does so for programs.
 """
+_ADMIN_ROUTES: Final = """
+At the admin port, 8001:
+"""
 _ERRORS: Final = """
 ## Errors
 
@@ -41,7 +44,8 @@ _ENDINGS: Final = {"counter": "_total", "info": "_info"}  # which the text forma
 
 def reference() -> str:
     """The page, the same wherever it is made."""
-    return "\n".join([_INTRODUCTION, *_settings(), _METRICS, *_metrics(), _ROUTES, *_routes(), _ERRORS, *_errors(), ""])
+    routes = [_ROUTES, *_routes(_app()), _ADMIN_ROUTES, *_routes(create_admin_app(_app().state.services))]
+    return "\n".join([_INTRODUCTION, *_settings(), _METRICS, *_metrics(), *routes, _ERRORS, *_errors(), ""])
 
 
 @cache
@@ -71,8 +75,8 @@ def _metrics() -> Iterator[str]:
     )
 
 
-def _routes() -> Iterator[str]:
-    paths = _app().openapi()["paths"]
+def _routes(app: FastAPI) -> Iterator[str]:
+    paths = app.openapi()["paths"]
     return _table(
         ("route", "answer"),
         ((f"`{verb.upper()} {path}`", its["summary"]) for path in sorted(paths) for verb, its in paths[path].items()),

@@ -1,16 +1,25 @@
 """Every knob of the service, and the only reader of the environment."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    NoDecode,
+    SecretsSettingsSource,
+    SettingsConfigDict,
+)
 
 from service.api.watchlist import WatchEntry, parse_watch
 from service.keys import KEYS_FILE, Auth
+from service.logs import LogFormat
 from service.score.recalibration import Mode
 
 Role = Literal["all", "api", "evaluator"]
+Source = Literal["default", "environment", "secret file", "argument"]
 Watch = Annotated[
     tuple[WatchEntry, ...],
     NoDecode,  # or it would have to be JSON
@@ -31,6 +40,10 @@ class Settings(BaseSettings):
         env_prefix="CANDLECAST_", frozen=True, secrets_dir=_SECRETS if _SECRETS.is_dir() else None
     )
 
+    log: LogFormat = Field(
+        "text",
+        description="Lines of text or of json, all with the id of their request; json: one for every answer too.",
+    )
     role: Role = Field(
         "all",
         description="api: forecasts, and publishes no metrics of single symbols; evaluator: publishes those, and"
@@ -101,3 +114,14 @@ class Settings(BaseSettings):
         0, ge=0, le=3600, description="After SIGTERM /readyz answers 503, and all else goes on for so long."
     )
     shutdown_seconds: PositiveInt = Field(20, description="Longest wait for open requests once nothing is accepted.")
+
+    def sources(self) -> dict[str, Source]:
+        """Where the value of each setting came from; the environment goes before a secret file."""
+        kind = type(self)
+        last_wins: list[tuple[Source, Iterable[str]]] = [
+            ("default", kind.model_fields),
+            ("argument", self.model_fields_set),
+            ("secret file", SecretsSettingsSource(kind)()),
+            ("environment", EnvSettingsSource(kind)()),
+        ]
+        return {name: source for source, names in last_wins for name in names}

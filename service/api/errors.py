@@ -5,14 +5,15 @@ Values that were sent are never sent back: a problem says where (`errors[].point
 
 import http
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Match
 
 from model_store.files import StoreError, VersionNotFound
@@ -23,6 +24,7 @@ from models.forecaster import InvalidModelOutput, ModelError
 from service.engine.batcher import DeadlineExceeded, EngineStopped, Overloaded
 from service.engine.failures import ModelUnavailable
 from service.engine.history import HistoryUnavailable, UnknownSymbol
+from service.logs import REQUEST_ID, request_id
 
 PROBLEM_JSON: Final = "application/problem+json"
 _MOST_ERRORS: Final = 10
@@ -44,9 +46,11 @@ _PROBLEM: Final[Mapping[str, Any]] = {
             },
         },
         "next_steps": {"type": "array", "items": {"type": "string"}},
+        "request_id": {"type": "string", "description": "As in the header X-Request-ID and in the service's log."},
     },
 }
 _LONGEST_POINTER: Final = 200
+_Handler = Callable[[Request, Exception], Coroutine[Any, Any, Response]]
 
 
 class InputError(ValueError):
@@ -212,7 +216,20 @@ def problem(
         "next_steps": [NEXT_STEPS[code]] if code in NEXT_STEPS else [],
         **(facts or {}),
     }
+    if (known := request_id.get()) is not None:
+        body["request_id"] = known
+        headers = {**(headers or {}), REQUEST_ID: known}  # an unforeseen failure is answered outside of all middleware
     return Response(json.dumps(body).encode(), status, headers, PROBLEM_JSON)
+
+
+def in_protocol(path: str, refusal: Response) -> Response:
+    """A problem as the protocol that a path belongs to says it: in that of `/v2` one text says what is wrong where."""
+    if not f"{path}/".startswith("/v2/"):
+        return refusal
+    told = json.loads(bytes(refusal.body))
+    where = [f"{each.get('pointer') or each.get('parameter')}: {each['detail']}" for each in told["errors"]]
+    headers = {name: value for name, value in refusal.headers.items() if not name.startswith("content-")}
+    return JSONResponse({"error": "; ".join(where) or told["detail"]}, refusal.status_code, headers)
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -231,12 +248,19 @@ def install(app: FastAPI) -> None:
         return described
 
     app.openapi = openapi  # type: ignore[method-assign] # FastAPI's own way to extend it
-    app.add_exception_handler(InputError, _on_input_error)
-    app.add_exception_handler(ModelError, _on_model_error)
-    app.add_exception_handler(RequestValidationError, _on_validation_error)
-    app.add_exception_handler(HTTPException, _on_http_exception)
-    for kind in (*_TABLE, Exception):
-        app.add_exception_handler(kind, _on_exception)
+    handlers: dict[type[Exception], _Handler] = {
+        InputError: _on_input_error,
+        ModelError: _on_model_error,
+        RequestValidationError: _on_validation_error,
+        HTTPException: _on_http_exception,
+        **dict.fromkeys((*_TABLE, Exception), _on_exception),
+    }
+    for kind, handle in handlers.items():
+        app.add_exception_handler(kind, partial(_refuse, handle))
+
+
+async def _refuse(handle: _Handler, request: Request, error: Exception) -> Response:
+    return in_protocol(request.scope["path"], await handle(request, error))
 
 
 async def _on_input_error(_: Request, error: Exception) -> Response:

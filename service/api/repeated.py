@@ -46,6 +46,10 @@ class AdmittedRoute(GuardedRoute):
             raise DeadlineExceeded from None
         except ClientDisconnect:
             return Response(status_code=499)  # never read
+        return await self.respond(request, sent, services)
+
+    async def respond(self, request: StrictRequest, sent: bytes, services: Services) -> Response:
+        """The answer to a request whose body is `sent`."""
         symbol = request.path_params["symbol"]
         digest = request_digest(symbol, request.headers.get("content-type", ""), sent)
         if (recalled := await _recalled(digest, caller_of(request), services)) is not None:

@@ -522,6 +522,100 @@ class WeightsAnswer(_Answer):
     in_use: list[WeightsInUse] = Field(description="Newest first; empty while the published ones are in use.")
 
 
+class SettingAnswer(_Answer):
+    """A setting in force."""
+
+    variable: str
+    value: Any = Field(description="Credentials in a URL as ***.")
+    source: Literal["default", "environment", "secret file", "argument"]
+
+
+class ConfigAnswer(_Answer):
+    """Every setting."""
+
+    settings: list[SettingAnswer]
+
+
+class InferInput(_Request):
+    """A tensor that is sent: `data`, flat or nested, or raw bytes after the JSON as `binary_data_size` says."""
+
+    name: Literal["candles", "timestamp"]
+    datatype: Literal["FP64", "INT64"]
+    shape: list[int] = Field(max_length=2)
+    parameters: dict[str, Any] = {}
+    data: list[Any] | None = None
+
+
+class InferOutput(_Request):
+    """A tensor that is asked for."""
+
+    name: Literal["forecast", "timestamp", "levels", "quantiles", "prob_up"]
+    parameters: dict[str, Any] = Field({}, description="`binary_data`: raw bytes after the JSON.")
+
+
+class InferRequest(_Request):
+    """A forecast asked for in tensors; none are needed where the candles of the symbol are stored."""
+
+    id: str | None = Field(None, max_length=256)
+    parameters: dict[str, Any] = Field(
+        {},
+        description="`symbol`, and what a POST to /forecast/{symbol} takes but for model, candles and paths;"
+        " `quantiles` may be a text with commas; `timeout` are microseconds.",
+        examples=[{"symbol": "BTC-USDT", "horizon": 24}],
+    )
+    inputs: list[InferInput] = Field([], max_length=2)
+    outputs: list[InferOutput] | None = Field(None, max_length=5, description="Default: all.")
+
+
+class TensorAnswer(_Answer):
+    """A tensor of a model; -1 in its shape is any length."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class FilledTensorAnswer(TensorAnswer):
+    """A tensor with its values: flat, the last index changing fastest, or raw as `binary_data_size` says."""
+
+    data: list[float] | None = None
+    parameters: dict[str, int] | None = None
+
+
+class InferAnswer(_Answer):
+    """A forecast in tensors."""
+
+    model_name: str
+    model_version: str
+    id: str | None
+    parameters: dict[str, Any] = Field(description="symbol, interval, seed, as_of, do_predict, reasons and warnings.")
+    outputs: list[FilledTensorAnswer]
+
+
+class InferModelAnswer(_Answer):
+    """What a model takes and gives."""
+
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[TensorAnswer]
+    outputs: list[TensorAnswer]
+
+
+class InferServerAnswer(_Answer):
+    """Whom one talks to."""
+
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class InferRefusal(_Answer):
+    """What is wrong."""
+
+    error: str
+
+
 class Health(_Answer):
     """The answer to a probe."""
 

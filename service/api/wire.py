@@ -14,17 +14,16 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.errors import BodyTooLarge, MalformedBody, problem
+from service.api.errors import BodyTooLarge, MalformedBody, in_protocol, problem
 from service.api.security import GuardedRoute
+from service.logs import method_and_route
 from service.metrics import Metrics
 
 T = TypeVar("T")
 Body = TypeVar("Body", bound=BaseModel)
 
-_UNROUTED: Final = "_none"
 _MOST_VALUES: Final = 500_000  # twice the cells of 20,000 candles in the widest form
 _MOST_MEMBERS: Final = 100  # several times as many as any request has
-_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
 class ClientGone(Exception):
@@ -35,15 +34,19 @@ class StrictRequest(Request):
     """JSON that means one thing: UTF-8, no key twice, no depth or number that only an attack has."""
 
     async def json(self) -> Any:
-        body = await self.body()
-        if len(body) > _MOST_VALUES and sum(map(body.count, (b",", b"[", b"{"))) > _MOST_VALUES:
-            raise BodyTooLarge(f"the body holds more than {_MOST_VALUES} values")
-        parsed = _plain_object(body)
-        if parsed is None:
-            parsed = _any_json(body)
-        if isinstance(parsed, dict) and len(parsed) > _MOST_MEMBERS:  # the first already say that it is no request
-            return dict(itertools.islice(parsed.items(), _MOST_MEMBERS))
-        return parsed
+        return strict_json(await self.body())
+
+
+def strict_json(body: bytes) -> Any:
+    """What a body says; MalformedBody or BodyTooLarge if it does not mean one thing, or too many."""
+    if len(body) > _MOST_VALUES and sum(map(body.count, (b",", b"[", b"{"))) > _MOST_VALUES:
+        raise BodyTooLarge(f"the body holds more than {_MOST_VALUES} values")
+    parsed = _plain_object(body)
+    if parsed is None:
+        parsed = _any_json(body)
+    if isinstance(parsed, dict) and len(parsed) > _MOST_MEMBERS:  # the first already say that it is no request
+        return dict(itertools.islice(parsed.items(), _MOST_MEMBERS))
+    return parsed
 
 
 async def read_body(request: StrictRequest, kind: type[Body]) -> Body | None:
@@ -53,8 +56,13 @@ async def read_body(request: StrictRequest, kind: type[Body]) -> Body | None:
         return None
     if _is_json(request.headers.get("content-type", "")):
         body = await request.json()
+    return None if body is None else validated(body, kind)
+
+
+def validated(body: Any, kind: type[Body]) -> Body:
+    """What was read, as `kind`; RequestValidationError if it is something else."""
     try:
-        return None if body is None else kind.model_validate(body)
+        return kind.model_validate(body)
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False, include_input=False)
         raise RequestValidationError([{**each, "loc": ("body", *each["loc"])} for each in found]) from None
@@ -86,7 +94,7 @@ class BodyLimit:
         if length.isdigit() and int(length[:20]) > self.limit:
             error = BodyTooLarge(f"the body is longer than {self.limit} bytes")
             refusal = problem(413, error.code, error.detail, headers={"Connection": "close"})
-            return await refusal(scope, receive, send)
+            return await in_protocol(scope["path"], refusal)(scope, receive, send)
         received = 0
 
         async def counted() -> Message:
@@ -157,8 +165,7 @@ class CountedAnswers:
             await self.app(scope, receive, noted)
         finally:
             self.metrics.http_in_flight.dec()
-            route = getattr(scope.get("route"), "path", _UNROUTED)
-            method = scope["method"] if scope["method"] in _METHODS else "_other"
+            method, route = method_and_route(scope)
             self.metrics.http_requests.labels(route, method, str(status)).inc()
             self.metrics.http_seconds.labels(route, method).observe(time.monotonic() - started)
 

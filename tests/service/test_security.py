@@ -33,7 +33,7 @@ from tests.service.test_latest import Stream, put, settled
 
 pytestmark = pytest.mark.anyio
 
-PROBES = {"/livez", "/readyz", "/startupz"}
+PROBES = {"/livez", "/readyz", "/startupz", "/v2/health/live", "/v2/health/ready"}
 OPEN_TO = {
     "POST /forecast/{symbol}": {"forecast"},
     "GET /watch": {"forecast"},
@@ -48,8 +48,16 @@ OPEN_TO = {
     "GET /models": {"forecast", "admin"},
     "GET /models/{name}/shadow": {"forecast", "admin"},
     "GET /models/{name}/weights": {"forecast", "admin"},
+    "GET /v2": {"forecast"},
+    "GET /v2/models/{name}": {"forecast"},
+    "GET /v2/models/{name}/ready": {"forecast"},
+    "POST /v2/models/{name}/infer": {"forecast"},
+    "GET /v2/models/{name}/versions/{version}": {"forecast"},
+    "GET /v2/models/{name}/versions/{version}/ready": {"forecast"},
+    "POST /v2/models/{name}/versions/{version}/infer": {"forecast"},
     "POST /models/{name}/weights": {"admin"},
     "POST /models/{name}/promote": {"admin"},
+    "GET /config": {"admin"},
 }
 
 CLOSED = Access("on", "127.0.0.1", Path("there/is/none"), lambda: 0, Metrics(CollectorRegistry()))
@@ -132,12 +140,13 @@ async def test_a_key_opens_the_routes_of_its_scope_and_no_other(running: Any, ma
         async with httpx.AsyncClient(transport=admin, base_url="http://test") as admin_client:
             for described, scopes in OPEN_TO.items():
                 method, path = described.split()
-                at = admin_client if method == "POST" and path.startswith("/models") else client
-                path = path.format(symbol="BTC", name="naive")
+                at = admin_client if path == "/config" or (method == "POST" and path.startswith("/models")) else client
+                path = path.format(symbol="BTC", name="naive", version="none")
                 if path.endswith("stream"):
                     continue
                 without, with_it = await at.request(method, path), await at.request(method, path, headers=key)
-                assert (without.status_code, without.json()["code"]) == (401, "key_required"), described
+                assert without.status_code == 401, described
+                assert without.json().get("code") == (None if path.startswith("/v2") else "key_required"), described
                 assert (with_it.status_code == 403) == (scope not in scopes), described
                 assert with_it.status_code != 401, described
             for path in PROBES:

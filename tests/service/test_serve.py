@@ -37,7 +37,11 @@ def process(request: Any, tmp_path: Path, store: Any, put_naive: Any) -> Iterato
         "CANDLECAST_ADMIN_PORT": "0",
         **getattr(request, "param", {}),
     }
-    with subprocess.Popen([sys.executable, "-c", PROGRAM], env=environment, stdout=subprocess.PIPE, text=True) as child:
+    command = [sys.executable, "-c", PROGRAM]
+    with (
+        open(tmp_path / "log", "w") as log,
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True) as child,
+    ):
         yield child
         child.kill()
 
@@ -48,16 +52,30 @@ def listening(process: Any) -> dict[str, str]:
     return dict(json.loads(line))
 
 
+@pytest.mark.parametrize("process", [{"CANDLECAST_LOG": "json"}], indirect=True)
 def test_both_ports_answer_as_soon_as_it_says_so(process: Any, rows: Any, tmp_path: Path) -> None:
     at = listening(process)
     body = {"model": "naive", "interval": "1h", "candles": rows(), "horizon": 2}
     assert httpx.get(f"{at['url']}/readyz").status_code == 200
     assert httpx.post(f"{at['url']}/forecast/BTC%2FUSDT", json=body).json()["symbol"] == "BTC-USDT"
     assert "candlecast_http_requests_total" in httpx.get(f"{at['admin']}/metrics").text
-    assert httpx.get(f"{at['url']}/metrics").status_code == 404
+    headers = {"X-Request-ID": "q7", "Authorization": "Bearer hush"}
+    assert httpx.get(f"{at['url']}/metrics?key=hush", headers=headers).status_code == 404
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0
     assert not (tmp_path / "home" / "redis" / "redis.sock").exists()
+    log = (tmp_path / "log").read_text()
+    answered = [line for line in map(json.loads, log.splitlines()) if line["logger"] == "service.answers"]
+    assert [(line["method"], line["route"], line["status"]) for line in answered] == [
+        ("GET", "/readyz", 200),
+        ("POST", "/forecast/{symbol}", 200),
+        ("GET", "/metrics", 200),
+        ("GET", "_none", 404),
+    ]
+    names = {"time", "level", "logger", "message", "method", "route", "status", "ms", "request_id"}
+    assert all(line.keys() == names for line in answered)
+    assert answered[-1]["request_id"] == "q7"
+    assert "hush" not in log
 
 
 def test_an_open_request_is_finished_after_sigterm(process: Any, rows: Any) -> None:

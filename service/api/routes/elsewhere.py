@@ -9,6 +9,8 @@ router = APIRouter(route_class=GuardedRoute)
 
 
 @router.post("/forecast/{symbol}", include_in_schema=False, openapi_extra=open_to("forecast"))
+@router.post("/v2/models/{name}/infer", include_in_schema=False, openapi_extra=open_to("forecast"))
+@router.post("/v2/models/{name}/versions/{version}/infer", include_in_schema=False, openapi_extra=open_to("forecast"))
 @router.get("/forecast/{symbol}/latest", include_in_schema=False, openapi_extra=open_to("forecast"))
 @router.get("/forecast/{symbol}/stream", include_in_schema=False, openapi_extra=open_to("forecast"))
 @router.get("/watch", include_in_schema=False, openapi_extra=open_to("forecast"))

@@ -35,7 +35,8 @@ async def post_forecast(
     noted = Noted()
     try:
         name, caller = normalise_symbol(symbol), caller_of(request)
-        return await unless_gone(request, _answer(name, asked, request.state.digest, caller, parts, noted))
+        digest: bytes | None = getattr(request.state, "digest", None)
+        return await unless_gone(request, _answer(name, asked, digest, caller, parts, noted))
     except ClientGone:
         noted.outcome = "cancelled"
         return Response(status_code=499)  # never read
@@ -47,7 +48,7 @@ async def post_forecast(
 
 
 async def _answer(
-    symbol: str, request: ForecastRequest, digest: bytes, caller: Caller, parts: Services, noted: Noted
+    symbol: str, request: ForecastRequest, digest: bytes | None, caller: Caller, parts: Services, noted: Noted
 ) -> Response:
     started = time.monotonic()
     deadline = started + (request.timeout_ms or parts.settings.request_timeout_ms) / 1000
@@ -61,7 +62,7 @@ async def _answer(
     await parts.access.charge(caller, asked.cost, parts.quotas)
     found = await found_for(asked, request.cache == "use", parts, deadline)
     noted.outcome = "degraded" if asked.degraded else "ok"
-    if found.cache != "bypass":
+    if digest and found.cache != "bypass":
         remember(digest, asked, found.kept, parts)
     return answer(found, asked.facts, asked.issued_at, started, parts)
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from model_store.manifest import Manifest, Parity
     from model_store.store import ModelStore
     from service.keys import ApiKey, KeyFile
@@ -23,19 +25,55 @@ def _listed(_: click.Context, __: click.Parameter, text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
+def _stored(ctx: click.Context, _: click.Parameter, begun: str) -> list[str]:
+    """Names in the store that complete a word, if it is a folder; one look, for a shell waits."""
+    default = os.environ.get("CANDLECAST_STORE_ROOT", STORE_ROOT)
+    root = Path(ctx.params.get("store_root") or default)
+    found = [path.name for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    return sorted(name for name in found if name.startswith(begun) and not name.startswith("."))
+
+
+STORE_ROOT = "model_store/artifacts"
 NOTHING_KEPT = 3  # exit code
+EXIT_CODES = """\b
+Exit codes:
+  0  done
+  1  it failed; the message says why, and what to do
+  2  no such verb or option, or not with this value
+  3  nothing was kept: tune found nothing better, or a gate refused to promote or export
+  128 and the signal's number, where a signal ended it
+
+\b
+`candlecast VERB --help` shows examples of each verb; `candlecast doctor` checks this machine.
+`candlecast completion bash` (zsh, fish) completes verbs, options and models' names."""
+# By the names of exceptions, of packages that are imported only when called.
+REFUSALS = ("PromotionRefused", "ExportRefused")
+NEXT_STEPS = {
+    "VersionNotFound": "`candlecast store list` shows what is there; `train` and `store import` put more there",
+    "NoAnswer": "`candlecast serve` starts one; --url or CANDLECAST_URL says where it is",
+}
 Day = click.DateTime(["%Y-%m-%d"])
 JsonFlag = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 StoreRoot = click.option(
     "--store",
     "store_root",
     envvar="CANDLECAST_STORE_ROOT",
-    default="model_store/artifacts",
+    default=STORE_ROOT,
     show_default=True,
     help="The model store: a folder, or a URL such as s3://bucket/prefix.",
 )
 Reason = click.option("--reason", help="Why, for the log.")
-CandleFolder = click.Path(exists=True, file_okay=False, path_type=Path)
+
+
+class _CandleFolder(click.Path):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter as error:
+            self.fail(f"{error.message} `candlecast sample-data {value}` writes real candles there.", param, ctx)
+
+
+CandleFolder = _CandleFolder(exists=True, file_okay=False, path_type=Path)
 DataFolder = click.option(
     "--data",
     "folder",
@@ -83,10 +121,37 @@ class Verbs(click.Group):
         except (ValueError, OSError, LookupError, RuntimeError) as error:
             if ctx.params.get("debug"):
                 raise
-            raise click.ClickException(f"{error}") from error
+            raise _failure(error) from error
 
 
-@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+def _failure(error: Exception) -> click.ClickException:
+    """The error in a line, the next step in another."""
+    names = [each.__name__ for each in type(error).__mro__]
+    steps = [NEXT_STEPS[name] for name in names if name in NEXT_STEPS]
+    kind = _Refused if set(names) & set(REFUSALS) else click.ClickException
+    return kind("\n".join([_in_words(error), *steps]))
+
+
+class _Refused(click.ClickException):
+    exit_code = NOTHING_KEPT
+
+
+def _in_words(error: Exception) -> str:
+    from pydantic import ValidationError
+
+    if not isinstance(error, ValidationError):
+        return f"{error}"
+    told = [(".".join(map(str, each["loc"])) or error.title, each["msg"]) for each in error.errors()]
+    if error.title == "Settings":
+        told = [(f"CANDLECAST_{where.upper()}", what) for where, what in told]
+    return "; ".join(f"{where}: {what}" for where, what in told)
+
+
+@click.group(
+    cls=Verbs,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=EXIT_CODES,
+)
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.version_option(package_name="candlecast")
 def main(debug: bool) -> None:
@@ -164,6 +229,9 @@ def health(host: str, port: int, as_json: bool) -> None:
     """Tell whether the service on this machine is ready: exit code 0, or 1 with the reason.
 
     Every address (0.0.0.0 or ::) is asked as this machine.
+
+    \b
+    Example: candlecast health --port 8000
     """
     from http.client import HTTPConnection, HTTPException
 
@@ -175,7 +243,7 @@ def health(host: str, port: int, as_json: bool) -> None:
         answer = connection.getresponse()
         body = answer.read()
     except (HTTPException, OSError) as error:
-        raise click.ClickException(f"{host}:{port} does not answer: {error}") from error
+        raise click.ClickException(f"{host}:{port} does not answer: {error}; `candlecast serve` starts one") from error
     finally:
         connection.close()
     if answer.status != 200:
@@ -226,6 +294,47 @@ def restore(file: Path, replace: bool, as_json: bool) -> None:
 def _tell_backup(what: str, at: str, files: int, size: int, as_json: bool) -> None:
     told = json.dumps({"at": at, "files": files, "bytes": size})
     click.echo(told if as_json else f"{what} everything as of {at}: {files} files, {size / 1e6:.1f} MB")
+
+
+@main.command()
+@JsonFlag
+def doctor(as_json: bool) -> None:
+    """Check this machine for the service: what would stop it, what would be slow, why, and what to do.
+
+    It reads the CANDLECAST_* variables that `serve` reads. Exit code 1: something will not work.
+
+    \b
+    Example: candlecast doctor
+             CANDLECAST_DEVICE=cuda candlecast doctor --json
+    """
+    from service.doctor import examine, findings_table
+    from service.settings import Settings
+
+    found = list(examine(Settings()))
+    broken = any(each.level == "broken" for each in found)
+    if as_json:
+        click.echo(json.dumps({"works": not broken, "findings": [asdict(each) for each in found]}))
+    else:
+        _print_table(findings_table(found))
+    if broken:
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the script that makes SHELL complete verbs, options and the names of models.
+
+    \b
+    Example: candlecast completion bash > ~/.local/share/bash-completion/completions/candlecast
+             candlecast completion zsh > ~/.zfunc/_candlecast
+             candlecast completion fish > ~/.config/fish/completions/candlecast.fish
+    """
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None  # the choices are those that click has
+    click.echo(kind(main, {}, "candlecast", "_CANDLECAST_COMPLETE").source())
 
 
 @main.command()
@@ -332,6 +441,13 @@ def _complain(text: str) -> None:
     click.echo(text, err=True)
 
 
+def _print_table(table: "Table") -> None:
+    """In 100 columns, wherever it goes."""
+    from rich.console import Console
+
+    Console(width=100).print(table)
+
+
 @main.group()
 def forecasts() -> None:
     """Forecasts as a running service served them."""
@@ -358,7 +474,10 @@ def export_forecasts(
     from feeds.forecasts import served_forecasts, write_parquet
     from feeds.put import Service
 
-    instant = datetime.fromisoformat(as_of) if as_of else None
+    try:
+        instant = datetime.fromisoformat(as_of) if as_of else None
+    except ValueError as error:
+        raise click.UsageError(f"--as-of is an instant such as 2026-03-02T14:00Z, not {as_of!r}") from error
     if instant and instant.tzinfo is None:
         instant = instant.replace(tzinfo=UTC)
     with closing(Service(url, key=key, say=_complain)) as service:
@@ -373,7 +492,11 @@ def export_forecasts(
 @click.argument("folder", default=Path("data/samples"), type=click.Path(file_okay=False, path_type=Path))
 @JsonFlag
 def sample_data(folder: Path, as_json: bool) -> None:
-    """Write real daily candles, one CSV per symbol: AAPL, FB, GOOG, GSPC, IBM, IXIC and MSFT."""
+    """Write real daily candles, one CSV per symbol: AAPL, FB, GOOG, GSPC, IBM, IXIC and MSFT.
+
+    \b
+    Example: candlecast sample-data data/samples
+    """
     from training.sample_data import write_samples
 
     paths = [str(path) for path in write_samples(folder)]
@@ -406,10 +529,8 @@ def check_data(folder: Path, summary: Path, as_json: bool, **options: Any) -> No
     """Show what FOLDER's candles hold: parts, gaps, bad rows, suspected splits. Fails only if a file is unreadable.
 
     \b
-    Example: candlecast data check data/samples --val-from 2009-01-01 --test-from 2010-06-01 --unseen IBM
+    Example: candlecast data check --val-from 2009-01-01 --test-from 2010-06-01 --unseen IBM
     """
-    from rich.console import Console
-
     from training.data_check import check, findings_table, write_summary
 
     findings = check(folder, **options)
@@ -417,14 +538,16 @@ def check_data(folder: Path, summary: Path, as_json: bool, **options: Any) -> No
     if as_json:
         click.echo(json.dumps(findings.as_json()))
     else:
-        Console(width=160).print(findings_table(findings))
+        _print_table(findings_table(findings))
     if findings.unreadable:
         raise click.ClickException("\n".join(findings.unreadable))
 
 
 @main.command()
 @click.argument("paths", metavar="[RECIPE]...", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--base", help="NAME or NAME@VERSION to fine-tune with a preset, instead of a recipe.")
+@click.option(
+    "--base", shell_complete=_stored, help="NAME or NAME@VERSION to fine-tune with a preset, instead of a recipe."
+)
 @click.option(
     "--preset",
     type=click.Choice(["quick", "full"]),
@@ -525,8 +648,6 @@ def train(
 
 
 def _train_per_symbol(recipe: "Recipe", store: "ModelStore", home: Path, as_json: bool, **options: Any) -> None:
-    from rich.console import Console
-
     from training.per_symbol import outcomes_table, train_per_symbol
     from training.progress import bars
 
@@ -535,7 +656,7 @@ def _train_per_symbol(recipe: "Recipe", store: "ModelStore", home: Path, as_json
     if as_json:
         click.echo(json.dumps([outcome.as_json() for outcome in outcomes]))
     else:
-        Console(width=120).print(outcomes_table(outcomes))
+        _print_table(outcomes_table(outcomes))
     trained = [outcome for outcome in outcomes if outcome.manifest]
     if trained and not as_json:
         first = trained[0]
@@ -599,8 +720,6 @@ def evaluate(
     """
     from contextlib import nullcontext
 
-    from rich.console import Console
-
     from model_store.store import ModelStore
     from training.cluster import cluster
     from training.compare import compare
@@ -614,14 +733,14 @@ def evaluate(
     if as_json:
         click.echo(json.dumps(entries_json(entries)))
     else:
-        Console(width=100).print(table(entries))
+        _print_table(table(entries))
     if out:
         write_report(judged, out)
         _complain(f"{out / 'metrics.json'} and {out / 'report.html'} are written")
 
 
 @main.command()
-@click.argument("names", metavar="NAME NAME...", nargs=-1, required=True)
+@click.argument("names", metavar="NAME NAME...", nargs=-1, required=True, shell_complete=_stored)
 @click.option("--name", default="ensemble", show_default=True, help="Of the ensemble in the store.")
 @click.option("--horizon", type=click.IntRange(1), help="Its most steps; default: the shortest usual one of NAMEs.")
 @click.option("--stride", type=click.IntRange(1), default=8, show_default=True, help="Candles between origins.")
@@ -639,8 +758,6 @@ def blend(names: tuple[str, ...], folder: Path, store_root: str, as_json: bool, 
     \b
     Example: candlecast blend toto-demo kronos-demo
     """
-    from rich.console import Console
-
     from model_store.store import ModelStore
     from models.scoring import group_name
     from training.blend import blend
@@ -655,7 +772,7 @@ def blend(names: tuple[str, ...], folder: Path, store_root: str, as_json: bool, 
         told = {"model": manifest.model, "version": manifest.version, "weights": found.weights}
         click.echo(json.dumps(told | {"notes": found.notes, "evaluations": entries_json(found.entries)}))
         return
-    Console(width=100).print(table(found.entries))
+    _print_table(table(found.entries))
     shares = [
         f"steps {group_name(group)}: {', '.join(f'{share:.2f} {name}' for share, name in zip(row, names, strict=True))}"
         for group, row in enumerate(found.weights)
@@ -668,7 +785,10 @@ def blend(names: tuple[str, ...], folder: Path, store_root: str, as_json: bool, 
     "path", metavar="[RECIPE]", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path)
 )
 @click.option(
-    "--model", "reference", help="NAME or NAME@VERSION whose serving settings are searched, without training."
+    "--model",
+    "reference",
+    shell_complete=_stored,
+    help="NAME or NAME@VERSION whose serving settings are searched, without training.",
 )
 @click.option("--data", "folder", type=CandleFolder, help="For --model: candles; default: those of its training.")
 @click.option(
@@ -676,6 +796,12 @@ def blend(names: tuple[str, ...], folder: Path, store_root: str, as_json: bool, 
     "space",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="For --model: a TOML file whose [search] says what is tried, as a recipe's does.",
+)
+@click.option(
+    "--try",
+    "found",
+    type=click.Path(exists=True, path_type=Path),
+    help="For --model: settings that were found elsewhere, tried first; a JSON file, or a folder of one per symbol.",
 )
 @click.option("--per-symbol", is_flag=True, help="For --model: a search and a child version for each symbol.")
 @click.option("--trials", type=click.IntRange(1), default=24, show_default=True, help="Settings that are tried.")
@@ -693,6 +819,7 @@ def tune(
     reference: str | None,
     folder: Path | None,
     space: Path | None,
+    found: Path | None,
     per_symbol: bool,
     address: str | None,
     home: Path,
@@ -709,6 +836,7 @@ def tune(
     \b
     Example: candlecast tune training/recipes/kronos-demo.toml --trials 16
              candlecast tune --model kronos-demo --workers 2
+             candlecast tune --model kronos-small --per-symbol --try hyperparams/kronos
     """
     from contextlib import nullcontext
     from importlib.util import find_spec
@@ -717,21 +845,23 @@ def tune(
         raise click.ClickException("a search needs pip install 'candlecast[tune]'")
     from model_store.store import ModelStore
     from training.cluster import cluster
+    from training.imported import read_imported
     from training.progress import bars
     from training.recipe import read_recipe, read_search
     from training.study import Plan
     from training.tune import tune_recipe, tune_version
 
-    if bool(path) == bool(reference) or (path and (folder or space or per_symbol)):
+    if bool(path) == bool(reference) or (path and (folder or space or found or per_symbol)):
         raise click.UsageError("give a RECIPE, or --model with its options")
     if address and (options["workers"] > 1 or options["device"] != "cpu"):
         raise click.UsageError("with --ray the cluster has the workers, and their device is the CPU")
     store = ModelStore(store_root)
-    with cluster(address) if address else nullcontext() as found, bars(quiet=as_json) as track:
-        plan = Plan(cluster=found, **options)
+    how: Any = {"per_symbol": per_symbol, "imported": read_imported(found) if found else (), "warn": _complain}
+    with cluster(address) if address else nullcontext() as workers, bars(quiet=as_json) as track:
+        plan = Plan(cluster=workers, **options)
         if reference:
             knobs = read_search(space) if space else None
-            tuned = list(tune_version(reference, store, track, home, plan, folder, knobs, per_symbol=per_symbol))
+            tuned = list(tune_version(reference, store, track, home, plan, folder, knobs, **how))
         elif path:
             tuned = [tune_recipe(read_recipe(path), store, track, home, plan)]
     if as_json:
@@ -746,7 +876,7 @@ def tune(
 
 
 @main.command()
-@click.argument("folder", default=Path("data/samples"), type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folder", default=Path("data/samples"), type=CandleFolder)
 @click.option(
     "--models",
     "names",
@@ -779,8 +909,6 @@ def replay(
     import asyncio
     import time
 
-    from rich.console import Console
-
     from model_store.store import ModelStore
     from service.replay import Plan, first_unseen, replay_from_nothing, series_of, utc_millis
     from service.replay_table import bar, replay_table
@@ -795,7 +923,7 @@ def replay(
     if as_json:
         click.echo(json.dumps(replayed.as_json()))
         return
-    Console(width=110).print(replay_table(replayed))
+    _print_table(replay_table(replayed))
     seconds = time.monotonic() - began
     click.echo(f"{seconds:.0f} s with loading: {replayed.candles / seconds:.0f} candles of all symbols a second")
 
@@ -814,7 +942,14 @@ def _speed(text: str) -> float:
 
 @main.command()
 @click.argument("symbol")
-@click.option("--model", "reference", default="toto-demo", show_default=True, help="Name or name@version in the store.")
+@click.option(
+    "--model",
+    "reference",
+    default="toto-demo",
+    show_default=True,
+    shell_complete=_stored,
+    help="Name or name@version in the store.",
+)
 @click.option("--horizon", type=click.IntRange(1), help="Steps; default: 30 for Kronos, 64 for Toto.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--samples", type=click.IntRange(1, 512), default=64, show_default=True, help="Paths, on Kronos.")
@@ -828,8 +963,6 @@ def forecast(symbol: str, plot: Path | None, folder: Path, store_root: str, as_j
     \b
     Example: candlecast forecast AAPL --model kronos-demo --plot aapl.png
     """
-    from rich.console import Console
-
     from model_store.store import ModelStore
     from training.glance import draw_fan, forecast_symbol, forecast_table
 
@@ -839,11 +972,11 @@ def forecast(symbol: str, plot: Path | None, folder: Path, store_root: str, as_j
     if as_json:
         click.echo(json.dumps(glance.as_json()))
     else:
-        Console(width=100).print(forecast_table(glance))
+        _print_table(forecast_table(glance))
 
 
 @main.command()
-@click.argument("reference")
+@click.argument("reference", shell_complete=_stored)
 @click.option("--runtime", type=click.Choice(["eager", "compiled", "onnx"]), default="compiled", show_default=True)
 @click.option(
     "--dtype",
@@ -945,7 +1078,7 @@ def make_key(keys_file: "KeyFile", quota: str | None, lasts: timedelta | None, a
     """Make a key for the client NAME and show it, this once.
 
     \b
-    Example: candlecast keys make trader --scope forecast --scope ingest --symbol "BTC-*" --quota 100000/minute
+    Example: candlecast keys make trader --scope ingest --symbol "BTC-*" --quota 100000/minute
     """
     from service.keys import grant, parse_quota
 
@@ -956,7 +1089,11 @@ def make_key(keys_file: "KeyFile", quota: str | None, lasts: timedelta | None, a
 @KeysFile
 @JsonFlag
 def list_keys(keys_file: "KeyFile", as_json: bool) -> None:
-    """Show every key that was made, by its public name, and what it may do; never the keys themselves."""
+    """Show every key that was made, by its public name, and what it may do; never the keys themselves.
+
+    \b
+    Example: candlecast keys list --json
+    """
     found = [_key_facts(key) for key in keys_file.all()]
     if as_json:
         click.echo(json.dumps(found))
@@ -970,7 +1107,11 @@ def list_keys(keys_file: "KeyFile", as_json: bool) -> None:
 @KeysFile
 @JsonFlag
 def revoke(kid: str, keys_file: "KeyFile", as_json: bool) -> None:
-    """End the key of the public name KID."""
+    """End the key of the public name KID.
+
+    \b
+    Example: candlecast keys revoke 3fJx0Qm2Zk
+    """
     facts = _key_facts(keys_file.revoke(kid))
     click.echo(json.dumps(facts) if as_json else f"{kid} of {facts['name']} counts no more")
 
@@ -1020,7 +1161,7 @@ def models() -> None:
 
 
 @models.command("time")
-@click.argument("references", metavar="[NAME]...", nargs=-1)
+@click.argument("references", metavar="[NAME]...", nargs=-1, shell_complete=_stored)
 @Device
 @click.option("--threads", envvar="CANDLECAST_THREADS", type=click.IntRange(min=1), help="As the service has them.")
 @HomeFolder
@@ -1037,6 +1178,8 @@ def time_models(
     from service.engine.selection import time_again
 
     choices = time_again(store_root, references, home=home, device=device, threads=threads)
+    if not choices:
+        _complain(f"{store_root} has nothing in production: candlecast store promote NAME")
     if as_json:
         click.echo(json.dumps({exact: asdict(choice) for exact, choice in choices.items()}))
         return
@@ -1055,7 +1198,14 @@ def store() -> None:
 @StoreRoot
 @JsonFlag
 def list_versions(store_root: str, as_json: bool) -> None:
-    """List every version with its aliases."""
+    """List every version with its aliases.
+
+    \b
+    Example: candlecast store list --store s3://bucket/models
+    """
+    from rich import box
+    from rich.table import Table
+
     from model_store.store import ModelStore
 
     root = ModelStore(store_root)
@@ -1063,8 +1213,15 @@ def list_versions(store_root: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(rows))
         return
-    for row in rows or [{"model": "the store is empty: candlecast train RECIPE, or candlecast store import SOURCE"}]:
-        click.echo("  ".join(str(value) for value in row.values()))
+    if not rows:
+        click.echo(f"{root.where} is empty: candlecast train RECIPE, or candlecast store import SOURCE")
+        return
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in rows[0]:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*row.values())
+    _print_table(table)
 
 
 def _row(root: "ModelStore", model: str, version: str) -> dict[str, str]:
@@ -1082,13 +1239,15 @@ def _row(root: "ModelStore", model: str, version: str) -> dict[str, str]:
 
 
 @store.command()
-@click.argument("reference")
+@click.argument("reference", shell_complete=_stored)
 @StoreRoot
 @JsonFlag
 def show(reference: str, store_root: str, as_json: bool) -> None:
-    """Print the manifest of NAME, NAME@VERSION or NAME@ALIAS: its scores, or all of it with --json."""
-    from rich.console import Console
+    """Print the manifest of NAME, NAME@VERSION or NAME@ALIAS: its scores, or all of it with --json.
 
+    \b
+    Example: candlecast store show toto-demo@candidate
+    """
     from model_store.store import ModelStore
     from training.report import table
 
@@ -1097,11 +1256,11 @@ def show(reference: str, store_root: str, as_json: bool) -> None:
     notes = [f"{manifest.family}, {manifest.origin.kind} from {manifest.origin.source}, {manifest.created_at}"]
     _print_version(manifest, as_json, [*notes, "" if manifest.evaluations else "no evaluation"])
     if manifest.evaluations and not as_json:
-        Console(width=100).print(table([(name, evaluation) for evaluation in manifest.evaluations]))
+        _print_table(table([(name, evaluation) for evaluation in manifest.evaluations]))
 
 
 @store.command()
-@click.argument("references", metavar="NAME...", nargs=-1, required=True)
+@click.argument("references", metavar="NAME...", nargs=-1, required=True, shell_complete=_stored)
 @click.option("--wait", default=0.0, metavar="SECONDS", help="Longest wait for a NAME that the store lacks so far.")
 @StoreRoot
 @JsonFlag
@@ -1176,7 +1335,7 @@ def import_version(
 
 
 @store.command()
-@click.argument("reference")
+@click.argument("reference", shell_complete=_stored)
 @click.option("--symbol", help="Serve this symbol alone by it, such as AAPL.")
 @click.option("--force", metavar="REASON", help="Promote against the gate's advice; the reason is recorded.")
 @click.option("--url", help="Show first what the shadow of the service there was worth.")
@@ -1222,6 +1381,8 @@ def _worth_of_shadow(url: str, key: str | None, name: str) -> list[str]:
             found = json.load(answer)
     except urllib.error.HTTPError as error:
         return [f"{url} has no shadow of {name}: {error}"]
+    except (OSError, ValueError) as error:
+        raise click.ClickException(f"{url} does not answer ({error}): without --url it is not asked") from error
     lines = []
     for each in found["compared"]:
         ratio, interval = each["relative_mae"], each["relative_mae_interval"]
@@ -1232,7 +1393,7 @@ def _worth_of_shadow(url: str, key: str | None, name: str) -> list[str]:
 
 
 @store.command()
-@click.argument("name")
+@click.argument("name", shell_complete=_stored)
 @click.option("--symbol", help="Of this symbol alone.")
 @Reason
 @StoreRoot
@@ -1250,14 +1411,22 @@ def rollback(name: str, symbol: str | None, reason: str | None, store_root: str,
 
 
 @store.command()
-@click.argument("name")
+@click.argument("name", shell_complete=_stored)
 @StoreRoot
 @JsonFlag
 def log(name: str, store_root: str, as_json: bool) -> None:
-    """Show who did what with NAME's versions, when and why."""
+    """Show who did what with NAME's versions, when and why.
+
+    \b
+    Example: candlecast store log toto-demo
+    """
+    from model_store.files import VersionNotFound
     from model_store.store import ModelStore
 
-    entries = ModelStore(store_root).log(name)
+    root = ModelStore(store_root)
+    entries = root.log(name)
+    if not entries and not root.versions(name):
+        raise VersionNotFound(f"the store has no model called {name}")
     if as_json:
         click.echo(json.dumps(entries))
         return
@@ -1268,8 +1437,8 @@ def log(name: str, store_root: str, as_json: bool) -> None:
 
 
 @store.command()
-@click.argument("reference")
-@click.argument("other")
+@click.argument("reference", shell_complete=_stored)
+@click.argument("other", shell_complete=_stored)
 @StoreRoot
 @JsonFlag
 def diff(reference: str, other: str, store_root: str, as_json: bool) -> None:
@@ -1278,7 +1447,6 @@ def diff(reference: str, other: str, store_root: str, as_json: bool) -> None:
     \b
     Example: candlecast store diff toto-demo toto-demo@candidate
     """
-    from rich.console import Console
     from rich.table import Table
 
     from model_store.diff import differences
@@ -1291,10 +1459,12 @@ def diff(reference: str, other: str, store_root: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([dict(zip(("what", *names), row, strict=True)) for row in rows]))
         return
-    table = Table("", *names)
+    table = Table()
+    for heading in ("", *names):
+        table.add_column(heading, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console(width=120).print(table)
+    _print_table(table)
 
 
 @store.command()
@@ -1326,7 +1496,7 @@ def gc(keep: int, delete: bool, reason: str | None, store_root: str, as_json: bo
 
 
 @store.command()
-@click.argument("reference")
+@click.argument("reference", shell_complete=_stored)
 @click.argument("file", metavar="FILE.tar", type=click.Path(dir_okay=False, path_type=Path))
 @StoreRoot
 @JsonFlag
@@ -1351,7 +1521,11 @@ def pack(reference: str, file: Path, store_root: str, as_json: bool) -> None:
 @StoreRoot
 @JsonFlag
 def unpack(file: Path, reason: str | None, store_root: str, as_json: bool) -> None:
-    """Store the version in FILE.tar, if it is whole and nothing else is in there."""
+    """Store the version in FILE.tar, if it is whole and nothing else is in there.
+
+    \b
+    Example: candlecast store unpack toto-demo.tar
+    """
     from model_store.store import ModelStore
     from model_store.tar import unpack
 
@@ -1361,14 +1535,18 @@ def unpack(file: Path, reason: str | None, store_root: str, as_json: bool) -> No
 
 @store.command()
 def schema() -> None:
-    """Print the JSON Schema of a manifest."""
+    """Print the JSON Schema of a manifest.
+
+    \b
+    Example: candlecast store schema > manifest.schema.json
+    """
     from model_store.manifest import Manifest
 
     click.echo(json.dumps(Manifest.model_json_schema(), indent=2))
 
 
 @store.command()
-@click.argument("name")
+@click.argument("name", shell_complete=_stored)
 @click.argument("version", required=False)
 @click.option(
     "--share", type=click.FloatRange(0, 1, min_open=True), default=0.1, show_default=True, help="Of requests."
@@ -1402,7 +1580,7 @@ def shadow(
 
 
 @store.command()
-@click.argument("reference")
+@click.argument("reference", shell_complete=_stored)
 @click.option(
     "--key",
     required=True,

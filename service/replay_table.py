@@ -28,10 +28,12 @@ def bar(*, quiet: bool) -> Iterator[Hears]:
 
 
 def replay_table(replayed: Replayed) -> Table:
-    """Every model over all symbols, then every series. It fits 110 columns."""
+    """Every model over all symbols, then every series. It fits 100 columns."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption_justify="left")
-    for name in (*_NAMES, *_NUMBERS):
-        table.add_column(name, justify="left" if name in _NAMES else "right", no_wrap=True)
+    for name in _NAMES:
+        table.add_column(name, overflow="fold")
+    for name in _NUMBERS:
+        table.add_column(name, justify="right", no_wrap=True)
     for model in replayed.models:
         table.add_row(*_cells("all", model, None))
     lowest = {(each.symbol, each.interval, each.model, each.steps): each for each in replayed.worst}
@@ -60,7 +62,7 @@ def _skill(scores: ScoresAnswer) -> str:
     if scores.skill_vs_naive is None:
         return ""
     interval = scores.skill_interval
-    return f"{scores.skill_vs_naive:+.3f}" + (f" [{interval[0]:+.3f}, {interval[1]:+.3f}]" if interval else "")
+    return f"{scores.skill_vs_naive:+.3f}" + (f"\n[{interval[0]:+.3f}, {interval[1]:+.3f}]" if interval else "")
 
 
 def _pair(raw: float, calibrated: float) -> str:

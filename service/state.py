@@ -168,8 +168,7 @@ class PrivateRedis:
 
     async def start(self, client: Redis) -> None:
         """Take the folder and start the server; StateError says why it cannot, and leaves the folder to others."""
-        if len(str(self._socket)) > _LONGEST_SOCKET_PATH:
-            raise StateError(f"{self._socket} is too long for a unix socket: choose a shorter CANDLECAST_HOME")
+        self.check()
         self._folder.mkdir(parents=True, exist_ok=True)
         self._take_lock()
         try:
@@ -177,6 +176,12 @@ class PrivateRedis:
         except BaseException:
             await self.stop()
             raise
+
+    def check(self) -> str:
+        """The binary of the server; StateError says why none could run in this folder."""
+        if len(str(self._socket)) > _LONGEST_SOCKET_PATH:
+            raise StateError(f"{self._socket} is too long for a unix socket: choose a shorter CANDLECAST_HOME")
+        return _binary()
 
     async def restart(self, client: Redis) -> None:
         """Start the server in the folder that is ours and wait until it has loaded its data; or StateError."""

@@ -59,26 +59,6 @@ def trained(place: Path, candlecast: Candlecast) -> dict[str, dict[str, Any]]:
     return {name: json.loads(line) for name, line in zip(names, done.stdout.splitlines(), strict=True)}
 
 
-def test_every_verb_explains_itself(candlecast: Candlecast) -> None:
-    shown = candlecast("--help").stdout
-    verbs = (
-        "serve",
-        "ingest",
-        "feed",
-        "train",
-        "evaluate",
-        "forecast",
-        "export",
-        "sample-data",
-        "store",
-        "models",
-        "data",
-    )
-    for verb in verbs:
-        assert re.search(rf"^  {verb}\b", shown, re.MULTILINE)
-        assert "--json" in candlecast(verb, "--help").stdout or verb in ("store", "models", "data")
-
-
 def test_training_publishes_a_version_with_its_scores(trained: dict[str, dict[str, Any]]) -> None:
     for manifest in trained.values():
         assert {e["windows"] for e in manifest["evaluations"]} == {"test", "unseen"}

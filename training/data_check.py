@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from rich import box
 from rich.table import Table
 
 from models.candles import CLOSE, DAY_MS, InvalidCandles, interval_ms
@@ -174,17 +175,20 @@ def write_summary(findings: Findings, path: Path) -> None:
 
 
 def findings_table(findings: Findings) -> Table:
-    """For people."""
+    """For people. It fits 100 columns."""
     title = "no candles"
     if split := findings.split:
         title = f"val from {_time(split.val_from)}, test from {_time(split.test_from)}, {split.horizon} candles apart"
-    table = Table("symbol", "interval", "first", "last", title=title)
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("symbol", max_width=20, overflow="fold")
+    table.add_column("interval")
+    table.add_column("first\nlast", no_wrap=True)
     for name in ("rows", "train", "val", "test"):
-        table.add_column(name, justify="right")
-    table.add_column("warnings")
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("warnings", overflow="fold")
     for item in findings.series:
         parts = (item.rows, item.train_rows, item.val_rows, item.test_rows)
         symbol = f"{item.symbol} (unseen)" if item.unseen else item.symbol
         told = "\n".join(item.warnings)
-        table.add_row(symbol, item.interval, item.first, item.last, *map(str, parts), told)
+        table.add_row(symbol, item.interval, f"{item.first}\n{item.last}", *map(str, parts), told)
     return table

@@ -124,8 +124,13 @@ def _report(track: Track, name: str, done: float, which: str, title: str, _: flo
 
 
 def outcomes_table(outcomes: Sequence[Outcome]) -> Table:
-    """What each symbol's version scores on its own test windows, and what the base does on the very same."""
-    table = Table("symbol", "version", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    """What each symbol's version scores on its own test windows, and what the base does on the very same.
+
+    It fits 100 columns.
+    """
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("symbol", max_width=14, overflow="fold")
+    table.add_column("version", no_wrap=True)
     for heading in ("CRPS", "base's", "CRPS / base's\n95 % interval", "skill\nvs naive", "base's"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("MAE beside\nthe base's", max_width=20)

@@ -246,12 +246,19 @@ def _changed(table: BaseModel) -> Iterator[str]:
 
 def read_recipe(path: Path) -> Recipe:
     """The recipe in a TOML file; pydantic's ValidationError names every wrong key."""
-    return parse_recipe(path.read_text())
+    return Recipe.model_validate(_read_toml(path))
 
 
 def read_search(path: Path) -> dict[str, Knob]:
     """The `[search]` of a TOML file, which need not be a recipe."""
-    return TypeAdapter(dict[str, Knob]).validate_python(tomllib.loads(path.read_text()).get("search", {}))
+    return TypeAdapter(dict[str, Knob]).validate_python(_read_toml(path).get("search", {}))
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not TOML: {error}") from error
 
 
 def parse_recipe(text: str) -> Recipe:

@@ -113,18 +113,21 @@ def find_better(
     horizon: int,
     confidence: float = 0.95,
     seed: int = 0,
+    first: Sequence[Settings] = (),
     progress: Callable[[int, str], None] | None = None,
 ) -> Found:
     """Search `space` until the study has `trials` finished trials, then test the best of them, and it alone.
 
     A study of earlier gets what it lacks: a trial that was cut short is run again with the same settings, and is
     counted once. Once its winner has been tested it gets no more: a second look at the same windows would be another
-    test. Trials come in generations, so that their settings and scores depend on `seed` alone.
+    test. Trials come in generations, so that their settings and scores depend on `seed` alone; `first` are tried first.
     """
     if _DECISION in study.user_attrs:
         return _found(study)
     distributions = {name: _distribution(knob) for name, knob in space.items()}
     if _CURRENT not in study.user_attrs:
+        for settings in first:
+            study.enqueue_trial(dict(settings), skip_if_exists=True)
         [current] = run([Task({})])
         study.set_user_attr(_CURRENT, dict(current.scores))
     for cut in study.get_trials(states=[TrialState.RUNNING]):

@@ -25,7 +25,7 @@ from training.cluster import Call, Cluster
 from training.outcomes import Outcomes, outcomes
 from training.recipe import Knob, Recipe
 from training.resume import RunFolder, run_folder
-from training.search import Decision, Found, Runner, Task, Tried, check_decidable, find_better, in_words
+from training.search import Decision, Found, Runner, Settings, Task, Tried, check_decidable, find_better, in_words
 from training.search_page import search_page
 from training.train import Prepared, Track
 from training.trial import SCORE, Job, run_trial, run_trial_in
@@ -106,6 +106,7 @@ class Study:
     version: str | None = None  # name@version that is tried with other settings; by default every trial trains
     symbol: str | None = None  # the only one whose windows count
     tests: int = 1  # how many winners of the same command are tested
+    first: Sequence[Settings] = ()  # trials to begin with
 
     def run(self, publish: Publish, track: Track) -> Tuned:
         """Search, decide, and where the winner is better publish it as the name's candidate, or its symbol's version.
@@ -138,6 +139,7 @@ class Study:
                     horizon=horizon,
                     confidence=1 - 0.05 / self.tests,
                     seed=self.plan.seed,
+                    first=self.first,
                     progress=lambda done, line: track(f"tune {self.name}", done / self.plan.trials, line),
                 )
             manifest = self._published(study, found, partial(publish, job), facts)
@@ -204,7 +206,8 @@ class Study:
     def _digest(self) -> str:
         """Of all but the recipe that makes a study another one."""
         space = {name: knob.model_dump() for name, knob in self.space.items()}
-        plan = [self.plan.stride, self.plan.horizon, self.plan.seed, self.symbol, self.version, self.tests]
+        plan: list[Any] = [self.plan.stride, self.plan.horizon, self.plan.seed, self.symbol, self.version, self.tests]
+        plan += [dict(settings) for settings in self.first]
         return sha256(canonical_json([self.prepared.data_digest, space, plan])).hexdigest()
 
 

@@ -1,7 +1,7 @@
 """Better settings than the current ones, if there are any: of a recipe's training, or of a stored version."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -9,10 +9,11 @@ from typing import Any, Final
 
 from model_store.manifest import Manifest, SelectedOn
 from model_store.store import LoadedVersion, ModelStore
-from models.forecaster import served_sampling, usual_lookback
+from models.forecaster import served_aggregate, served_sampling, usual_lookback
 from training.evaluate import summary, windows
+from training.imported import Imported, first_trials, widened
 from training.presets import write_recipe
-from training.recipe import Knob, Recipe, parse_recipe
+from training.recipe import Knob, Recipe, Value, parse_recipe
 from training.resume import run_folder
 from training.study import Plan, Study, Tuned
 from training.train import (
@@ -81,12 +82,15 @@ def tune_version(
     space: Mapping[str, Knob] | None = None,
     *,
     per_symbol: bool = False,
+    imported: Sequence[Imported] = (),
+    warn: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Tuned]:
     """Ask a version with other settings in each trial; the winner's become the defaults of a child version.
 
     The windows are those of the version's own recipe, on `folder`'s candles if given; of a version that has none,
     the quick preset's. By symbol, each has a search and a child of its own, and their tests share the 5 % that may
-    be wrong. ValueError where the val part is too short.
+    be wrong. What was `imported`, of the symbol where there is one, is tried first, and `warn` is told what of it
+    cannot be. ValueError where the val part is too short.
     """
     version = store.load(reference)
     manifest = version.manifest
@@ -96,16 +100,22 @@ def tune_version(
     prepared = prepare(recipe, home / "cache")
     exact = f"{manifest.model}@{manifest.version}"
     symbols = _symbols(prepared) if per_symbol else [manifest.symbol]
+    for each in imported:
+        if None not in symbols and each.symbol not in symbols:
+            warn(f"{each.path}: left out, {each.symbol} is not searched")
+    current, lookbacks = _current(manifest), (manifest.limits.min_context, _room(manifest, recipe.horizon))
     for symbol in symbols:
-        study = Study(manifest.model, recipe, space, prepared, plan, store, home, exact, symbol, len(symbols))
+        own = [each for each in imported if symbol in (None, each.symbol)]
+        first = first_trials(own, recipe, space, current, lookbacks, warn)
+        wide = widened(space, first)
+        study = Study(manifest.model, recipe, wide, prepared, plan, store, home, exact, symbol, len(symbols), first)
         yield study.run(partial(_publish_child, version, prepared, symbol, store, track), track)
 
 
 def serving_space(manifest: Manifest, horizon: int) -> dict[str, Knob]:
     """What is searched of a version by default; ValueError where its family has no settings."""
-    limits = manifest.limits
-    room = limits.max_context if limits.max_total is None else min(limits.max_context, limits.max_total - horizon)
-    lookbacks = sorted({max(limits.min_context, room // part) for part in (8, 4, 2, 1)})
+    room = _room(manifest, horizon)
+    lookbacks = sorted({max(manifest.limits.min_context, room // part) for part in (8, 4, 2, 1)})
     lookback = {"serving.lookback": Knob(choices=tuple(lookbacks))}
     if manifest.family == "toto":
         return lookback
@@ -118,6 +128,18 @@ def serving_space(manifest: Manifest, horizon: int) -> dict[str, Knob]:
         "serving.samples": Knob(choices=(16, 32, 64)),
         "serving.aggregate": Knob(choices=("median", "mean", "trimmed_mean_10")),
     }
+
+
+def _room(manifest: Manifest, horizon: int) -> int:
+    """The longest lookback."""
+    limits = manifest.limits
+    return limits.max_context if limits.max_total is None else min(limits.max_context, limits.max_total - horizon)
+
+
+def _current(manifest: Manifest) -> dict[str, Value]:
+    """What it is served by where a request does not say."""
+    serving = {**asdict(served_sampling(manifest.serving)), "lookback": _lookback(manifest)}
+    return {_SERVING + name: v for name, v in {**serving, "aggregate": served_aggregate(manifest.serving)}.items()}
 
 
 def _check_space(recipe: Recipe, space: Mapping[str, Knob]) -> None:

@@ -95,7 +95,9 @@ def test_health_fails_in_one_line_where_nothing_listens() -> None:
         taken.bind(("127.0.0.1", 0))  # and does not listen
         done = health(taken.getsockname()[1])
     assert done.returncode == 1
-    assert re.fullmatch(r"Error: 0\.0\.0\.0:\d+ does not answer: .*refused\n", done.stderr)
+    assert re.fullmatch(
+        r"Error: 0\.0\.0\.0:\d+ does not answer: .*refused; `candlecast serve` starts one\n", done.stderr
+    )
 
 
 @pytest.mark.parametrize(

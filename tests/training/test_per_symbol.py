@@ -99,7 +99,7 @@ def crps_on_test(version, symbol, samples):
 
 
 def rendered(outcomes):
-    console = Console(width=120)
+    console = Console(width=100)
     with console.capture() as shown:
         console.print(outcomes_table(list(outcomes)))
     return shown.get()

@@ -143,6 +143,20 @@ def test_without_better_settings_the_command_says_so_and_ends_with_a_code_of_its
     assert store.aliases("kronos-demo")[PRODUCTION] == served.version
 
 
+def test_settings_from_elsewhere_are_the_first_trial_and_must_prove_themselves(
+    command: Callable[..., Result], put_served: Callable[[], Manifest], tmp_path: Path
+) -> None:
+    put_served()
+    (tmp_path / "AAPL.json").write_text(json.dumps({"config": {"max_context": 4, "clip": 2.0, "aggregate": "p40"}}))
+    done = command(LONG, "--trials", "1", "--try", str(tmp_path / "AAPL.json"), "--json")
+    assert "AAPL.json: not tried" in done.stderr
+    assert "clip, serving.aggregate" in done.stderr
+    [told] = json.loads(done.stdout)
+    assert told["best"] == {"serving.lookback": 4}
+    assert told["kept"] == (done.exit_code == 0)
+    assert told["decision"] is not None
+
+
 @pytest.mark.long
 def test_two_workers_find_what_one_does(store: ModelStore, put_served: Callable[[], Manifest], home: Path) -> None:
     put_served()

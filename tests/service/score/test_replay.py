@@ -247,8 +247,8 @@ def test_auto_is_nearly_as_good_as_the_best_model(decades: Replayed, name: str, 
 @pytest.mark.long
 def test_a_table_shows_every_series_and_model(decades: Replayed) -> None:
     out = StringIO()
-    Console(file=out, width=110).print(replay_table(decades))
+    Console(file=out, width=100).print(replay_table(decades))
     text = out.getvalue()
     for word in ("GSPC", "EURUSD", "narrow", "auto", "no_baseline", "No drift alarm"):
         assert word in text
-    assert max(map(len, text.splitlines())) <= 110
+    assert max(map(len, text.splitlines())) <= 100

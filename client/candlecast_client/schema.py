@@ -12,6 +12,7 @@ class ModelName(TypedDict):
     version: str
     runtime: str
     dtype: str
+    weights: int | None  # of an ensemble; 0: the published
 
 
 class CalibrationAnswer(TypedDict):
@@ -242,6 +243,8 @@ class RuntimeAnswer(TypedDict):
     forced: bool
     times_ms: dict[str, tuple[float, float]]
     batch_invariant: bool | None
+    base: str | None
+    canary_moved: float | None
 
 
 class LimitsAnswer(TypedDict):

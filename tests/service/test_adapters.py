@@ -127,7 +127,7 @@ async def test_symbols_and_their_base_share_a_batch_and_each_is_answered_by_its_
         assert (answer["forecast"], answer["quantiles"]) == (alone[symbol]["forecast"], alone[symbol]["quantiles"])
     assert len({json.dumps(answer["forecast"]) for answer in together.values()}) == len(together)
     for symbol, version in versions.items():
-        model = {"family": "toto", "name": "toto-demo", "runtime": "adapter", "dtype": "float32"}
+        model = {"family": "toto", "name": "toto-demo", "runtime": "adapter", "dtype": "float32", "weights": None}
         assert together[symbol]["model"] == model | {"version": version}
     assert (together["SOL"]["model"]["version"], together["SOL"]["model"]["runtime"]) == (base, "eager")
     assert (told["name"], told["base"], told["settled"]) == ("adapter", f"toto-demo@{base}", True)

@@ -137,8 +137,8 @@ async def test_what_cannot_be_in_time_is_refused_at_once(
     async with running(build=faulty_build) as (client, app):
         version = (await ask(client, rows, seed=7)).json()["model"]["version"]
         batcher = app.state.services.engine._batcher
-        batcher.record(("naive", version, "eager", "float32", 3), 1, 50.0)  # a fifth of it counts
-        batcher.record(("naive", version, "eager", "float32", 5), 1, 1000.0)
+        batcher.record(((f"naive@{version}", "eager", "float32"), 3), 1, 50.0)  # a fifth of it counts
+        batcher.record(((f"naive@{version}", "eager", "float32"), 5), 1, 1000.0)
         hopeless = await ask(client, rows, seed=1, timeout_ms=90_000, horizon=5)
         assert (hopeless.status_code, hopeless.json()["code"]) == (504, "deadline_exceeded")
         assert counted(app, "refusals_total", reason="deadline") == 1

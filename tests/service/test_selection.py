@@ -287,6 +287,8 @@ async def test_eager_answers_uncached_while_the_choice_settles_then_the_chosen_o
             "forced": False,
             "times_ms": {"eager-float32": [2.0, 9.0], "eager-bfloat16": [1.0, 5.0]},
             "batch_invariant": True,
+            "base": None,
+            "canary_moved": None,
         }
 
 

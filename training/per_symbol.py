@@ -76,7 +76,7 @@ def train_per_symbol(
     for done, item in enumerate(chosen):
         there = published.get(item.symbol)
         if there and there.training and there.training.data_digest == digest([item]):
-            outcomes.append(Outcome(item.symbol, there, "there before"))
+            outcomes.append(Outcome(item.symbol, there, "kept"))
             continue
         report = partial(_report, track, recipe.name, done / len(chosen), f"{item.symbol}, {done + 1} of {len(chosen)}")
         try:

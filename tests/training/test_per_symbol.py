@@ -130,7 +130,7 @@ def test_another_recipe_or_a_restart_trains_anew(store, make_recipe, tmp_path):
     adjusted = recipe.model_copy(update={"data": recipe.data.model_copy(update={"adjust": True})})
     calls = [(recipe, False), (recipe, False), (recipe, True), (adjusted, False)]
     found = [train_per_symbol(each, store, lambda *_: None, tmp_path, restart=anew)[0] for each, anew in calls]
-    assert [outcome.status for outcome in found] == ["trained", "there before", "trained", "trained"]
+    assert [outcome.status for outcome in found] == ["trained", "kept", "trained", "trained"]
 
 
 def test_the_command_tells_every_symbol_and_fails_if_one_did(store, tmp_path, sample_folder):
@@ -149,7 +149,7 @@ def test_the_command_tells_every_symbol_and_fails_if_one_did(store, tmp_path, sa
     shown = CliRunner().invoke(candlecast.main, words)
     assert shown.exit_code == 1
     version = apple["manifest"]["version"]
-    for told in ("there before", version, f"{apple['manifest']['evaluations'][0]['metrics']['crps']['base']:.5f}"):
+    for told in ("kept", version, f"{apple['manifest']['evaluations'][0]['metrics']['crps']['base']:.5f}"):
         assert told in shown.stdout
     assert f"promote toto-demo@{version} --symbol AAPL" in shown.stdout
     refused = CliRunner().invoke(candlecast.main, ["train", str(path), str(path)])

@@ -121,7 +121,7 @@ def test_the_same_command_goes_on_with_what_is_missing(store, make_recipe, tmp_p
     assert "the loss is nan" in first["MSFT"].status
     monkeypatch.setattr(per_symbol, "fit_phases", fit)
     second = by_symbol(train_per_symbol(recipe, store, lambda *_: None, tmp_path))
-    assert [second[symbol].status[:7] for symbol in ("AAPL", "FB", "MSFT")] == ["there b", "failed:", "trained"]
+    assert [second[symbol].status[:7] for symbol in ("AAPL", "FB", "MSFT")] == ["kept", "failed:", "trained"]
     assert second["AAPL"].manifest == first["AAPL"].manifest
 
 

@@ -18,7 +18,5 @@ def test_nothing_that_the_service_holds_grows_over_ten_thousand_mixed_requests(t
     laps = soak(tmp_path, 10_000)
     assert len(laps) == 10
     assert laps[-1].resident_mb < 1.05 * laps[1].resident_mb, laps
-    assert laps[-1].descriptors <= laps[1].descriptors + 2, laps  # connections that are just being closed
-    assert laps[-1].threads <= laps[1].threads, laps
-    assert laps[-1].tasks <= laps[1].tasks + 2, laps
-    assert laps[-1].series <= laps[1].series, laps
+    for name in ("descriptors", "threads", "tasks", "series"):  # one look may meet a connection that is being closed
+        assert min(getattr(lap, name) for lap in laps[-3:]) <= getattr(laps[1], name), (name, laps)

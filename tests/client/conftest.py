@@ -2,23 +2,18 @@
 
 import asyncio
 import json
-import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bench.service import put_version, start_service
 from candlecast_client import AsyncCandlecast, Candlecast
 from model_store.store import ModelStore
-from tests.service.test_serve import PROGRAM
 
-ROOT = Path(__file__).parents[2]
 HOUR = 3_600_000
 WATCH = "WATCHED-CANDLECAST:naive:3,WATCHED-AWAITED:naive:3"  # one for each client
 
@@ -28,34 +23,9 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Of a service with a private Redis, a naive model and a watch list."""
     place = tmp_path_factory.mktemp("service")
     store = ModelStore(place / "store")
-    manifest = {
-        "model": "naive",
-        "family": "naive",
-        "origin": {"kind": "trained", "source": "test"},
-        "limits": {"min_context": 2, "max_context": 4096, "max_horizon": 512},
-        "created_at": "2025-01-01T00:00:00Z",
-    }
-    stored = store.put(manifest, {"family": "naive"}, {})
-    store.promote(f"naive@{stored.version}", force="test")
-    foreign = ("CANDLECAST_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "PYTHONPATH")
-    own = {name: value for name, value in os.environ.items() if not name.upper().startswith(foreign)}
-    settings = {
-        "HOME": place / "home",
-        "STORE_ROOT": store.root,
-        "PORT": 0,
-        "ADMIN_PORT": 0,
-        "WATCH": WATCH,
-    }
-    environment = own | {f"CANDLECAST_{name}": str(value) for name, value in settings.items()}
-    command = [sys.executable, "-c", PROGRAM]
-    with subprocess.Popen(
-        command, env=environment | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
-    ) as service:
-        assert service.stdout is not None
-        line = service.stdout.readline()
-        assert line, "the service ended before it was ready"
-        yield json.loads(line)["url"]
-        service.terminate()
+    put_version(store, "naive", "naive", {"family": "naive"}, {})
+    with start_service(store, place / "home", {"CANDLECAST_WATCH": WATCH}) as service:
+        yield service.url
 
 
 class Awaited:

@@ -1,9 +1,5 @@
 """A real service to trade against, and the same candles with another future."""
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from bench.service import start_service
 from candlecast_client import Candlecast
 from model_store.store import ModelStore
-from tests.service.test_serve import PROGRAM
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,15 +19,8 @@ ROOT = Path(__file__).parents[2]
 @contextmanager
 def serving(store: Path, home: Path) -> Iterator[str]:
     """The address of a service in a process of its own."""
-    settings = {"HOME": home, "STORE_ROOT": store, "PORT": 0, "ADMIN_PORT": 0, "RUNTIME": "eager-float32"}
-    environment = os.environ | {f"CANDLECAST_{name}": str(value) for name, value in settings.items()}
-    command = [sys.executable, "-c", PROGRAM]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=ROOT) as service:
-        assert service.stdout is not None
-        line = service.stdout.readline()
-        assert line, "the service ended before it was ready"
-        yield json.loads(line)["url"]
-        service.terminate()
+    with start_service(ModelStore(store), home, {"CANDLECAST_RUNTIME": "eager-float32"}) as service:
+        yield service.url
 
 
 @pytest.fixture(scope="session")

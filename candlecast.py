@@ -90,6 +90,9 @@ ServiceUrl = click.option(
     help="The running service.",
 )
 Key = click.option("--key", envvar="CANDLECAST_KEY", help="Its key; a variable keeps it out of the list of processes.")
+Unseen = click.option(
+    "--unseen", default="IBM", show_default=True, callback=_listed, help="Comma-separated symbols held out of training."
+)
 Device = click.option("--device", envvar="CANDLECAST_DEVICE", default="cpu", show_default=True, help="Torch device.")
 RayCluster = click.option(
     "--ray",
@@ -690,9 +693,7 @@ def _train_per_symbol(recipe: "Recipe", store: "ModelStore", home: Path, as_json
 )
 @click.option("--val-from", type=Day, default="2009-01-01", show_default=True, help="Training ends here.")
 @click.option("--test-from", type=Day, default="2010-06-01", show_default=True, help="The test's targets begin here.")
-@click.option(
-    "--unseen", default="IBM", show_default=True, callback=_listed, help="Comma-separated symbols held out of training."
-)
+@Unseen
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
@@ -746,9 +747,7 @@ def evaluate(
 @click.option("--stride", type=click.IntRange(1), default=8, show_default=True, help="Candles between origins.")
 @click.option("--val-from", type=Day, default="2009-01-01", show_default=True, help="Weights are learnt from here on.")
 @click.option("--test-from", type=Day, default="2010-06-01", show_default=True, help="And judged from here on.")
-@click.option(
-    "--unseen", default="IBM", show_default=True, callback=_listed, help="Comma-separated symbols held out of training."
-)
+@Unseen
 @DataFolder
 @StoreRoot
 @JsonFlag

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from models.forecaster import Limits
+
 SCHEMA_VERSION: Final = 1
 VERSION: Final = re.compile(r"[0-9a-f]{12}")  # of a digest
 MANIFEST, CONFIG, WEIGHTS, RUNTIMES = "manifest.json", "config.json", "weights.safetensors", "runtimes"
@@ -52,6 +54,10 @@ class ModelLimits(_Strict):
     max_context: int = Field(ge=1)
     max_horizon: int = Field(ge=1)
     max_total: int | None = Field(default=None, description="Context + horizon, where they share positions.")
+
+    def room(self, horizon: int) -> int:
+        """The longest context before `horizon` steps."""
+        return Limits(**self.model_dump()).room(horizon)
 
 
 class Metric(_Strict):
@@ -259,6 +265,11 @@ class Manifest(_Strict):
             return f"{tune['base'].partition('@')[0]}@{self.origin.revision}", tune["alpha"] / tune["rank"]
         except (KeyError, TypeError, AttributeError, ZeroDivisionError):  # nothing checks what a recipe says
             return None
+
+    @property
+    def chose_by_val(self) -> bool:
+        """Whether the val part had a say: among weights as they were trained, or among settings in a search."""
+        return self.selected_on is not None or bool(self.training and self.training.recipe.get("select"))
 
     def evaluation(self, windows: str) -> Evaluation | None:
         """The evaluation on `windows`, if there is one."""

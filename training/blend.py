@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, date, datetime
 from itertools import combinations
 from pathlib import Path
@@ -12,20 +12,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model_store.canary import canary_of
-from model_store.manifest import Manifest, Metric, ModelLimits, Origin
-from model_store.store import CANDIDATE, PRODUCTION, LoadedVersion, ModelStore
+from model_store.manifest import Manifest, Metric, Origin
+from model_store.store import LoadedVersion, ModelStore
 from models import scoring
 from models.candles import Floats
 from models.ensemble import ENSEMBLE, EnsembleForecaster, Member, Weights, average, member_of, shares_by_step
 from models.forecaster import DEFAULT_HORIZON
 from training.candle_files import digest
-from training.compare import counted, refuse_leaks
+from training.compare import counted
 from training.evaluate import baselines, side_by_side, summary, windows
 from training.outcomes import Outcomes
 from training.packed import pack_folder
 from training.report import Entry
 from training.scores import LEVELS, Scores
-from training.train import Track, code_revision
+from training.train import Track, code_revision, refuse_leak, stand_as_candidate
 from training.windows import Part, day, rolling_origins, split_from_recipe
 
 EQUAL_WEIGHTS: Final = "equal weights"
@@ -68,8 +68,8 @@ def blend(
     steps = horizon or min(_usual_horizon(version) for version in members.values())
     series = pack_folder(folder)
     split = split_from_recipe({"val_from": val_from, "test_from": test_from, "unseen": unseen}, series, steps)
-    for exact in members:
-        refuse_leaks(store, exact, split, ("test",))
+    for version in members.values():
+        refuse_leak(version.manifest, split)
     asked = {exact: member_of(version.build(), version.manifest.serving) for exact, version in members.items()}
     context = max(member.lookback for member in asked.values())
     alone = {
@@ -235,7 +235,6 @@ def _publish(
     found: Mapping[Part, Scores],
     beside: Mapping[Part, Mapping[str, Scores]],
 ) -> Manifest:
-    limits = forecaster.limits
     licences = sorted({each.manifest.origin.licence for each in members if each.manifest.origin.licence})
     fields: dict[str, Any] = {
         "model": name,
@@ -243,9 +242,7 @@ def _publish(
         "origin": Origin(
             kind="trained", source=f"blend of {', '.join(config['members'])}", licence=" AND ".join(licences) or None
         ),
-        "limits": ModelLimits(
-            min_context=limits.min_context, max_context=limits.max_context, max_horizon=limits.max_horizon
-        ),
+        "limits": asdict(forecaster.limits),
         "evaluations": tuple(summary(own, beside[part][_best(beside[part])]) for part, own in found.items()),
         "baselines": baselines(found["test"]),
         "canary": canary_of(forecaster),
@@ -253,9 +250,7 @@ def _publish(
         "code_revision": code_revision(),
     }
     manifest = store.put(fields, config, {}, scores=windows(found.values()))
-    store.set_alias(name, CANDIDATE, manifest.version)
-    if PRODUCTION not in store.aliases(name):
-        store.promote(f"{name}@{manifest.version}")
+    stand_as_candidate(manifest, store)
     return manifest
 
 
@@ -282,8 +277,7 @@ def _verdicts(manifest: Manifest, beside: Mapping[Part, Mapping[str, Scores]]) -
 
 
 def _doubts(members: Mapping[str, LoadedVersion]) -> Sequence[str]:
-    trained = {exact: each.manifest.training for exact, each in members.items()}
-    chosen = [exact for exact, record in trained.items() if record and record.recipe.get("select")]
+    chosen = [exact for exact, each in members.items() if each.manifest.chose_by_val]
     return [f"{exact} was chosen by a val part itself, which flatters it in the weights" for exact in chosen]
 
 

@@ -25,8 +25,12 @@ Settings = Mapping[str, Value]
 
 def in_words(settings: Settings) -> str:
     """Such as `phases.network.steps 600, serving.top_p 0.93`."""
-    shown = {name: f"{value:.4g}" if isinstance(value, float) else f"{value}" for name, value in settings.items()}
-    return ", ".join(f"{name} {value}" for name, value in shown.items())
+    return ", ".join(f"{name} {told(value)}" for name, value in settings.items())
+
+
+def told(value: Value) -> str:
+    """A setting's value."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 @dataclass(frozen=True)

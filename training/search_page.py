@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial, TrialState
 from training.outcomes import Outcomes
 from training.page import document, grid
 from training.recipe import Knob, Value
-from training.search import Decision, Found
+from training.search import Decision, Found, told
 from training.svg import Plot, span
 from training.windows import day
 
@@ -114,12 +114,8 @@ def _table(found: Found) -> str:
     head = "".join(f"<th>{escape(name.rpartition('.')[2])}</th>" for name in names)
     rows = []
     for place, trial in enumerate(found.trials, 1):
-        cells = "".join(f"<td>{escape(_told(trial.params[name]))}</td>" for name in names)
+        cells = "".join(f"<td>{escape(told(trial.params[name]))}</td>" for name in names)
         ended = "" if trial.state == TrialState.COMPLETE else " ended early"
         kind = " class='good'" if found.best and trial.number == found.best.number else ""
         rows.append(f"<tr><td>{place}{ended}</td>{cells}<td{kind}>{found.gain(trial):+.2%}</td></tr>")
     return f"<table><thead><tr><th>trial</th>{head}<th>gain</th></tr></thead><tbody>{''.join(rows)}</tbody></table>"
-
-
-def _told(value: Value) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -2,7 +2,7 @@
 
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from itertools import chain
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from model_store.canary import canary_of
-from model_store.manifest import Baseline, Evaluation, Manifest, ModelLimits, Origin, SelectedOn, TrainingRecord
+from model_store.manifest import Baseline, Evaluation, Manifest, Origin, SelectedOn, TrainingRecord
 from model_store.store import CANDIDATE, PRODUCTION, LoadedVersion, ModelStore
 from models import scoring
 from models.families import build_forecaster
@@ -103,9 +103,9 @@ class Prepared:
 
     @property
     def chose_by_val(self) -> bool:
-        """Whether the val part had a say in the weights, or in the base's."""
-        record = self.base.version.manifest.training if self.base else None
-        return self.recipe.select is not None or bool(record and record.recipe.get("select"))
+        """Whether the val part had a say in the weights or the settings, or in the base's."""
+        own = self.recipe.select is not None or self.selected_on is not None
+        return own or bool(self.base and self.base.version.manifest.chose_by_val)
 
     @cached_property
     def data_digest(self) -> str:
@@ -184,11 +184,16 @@ def _fit_and_publish(prepared: Prepared, store: ModelStore, track: Track, folder
     trained = fit_phases(prepared, track, folder)
     if processes.rank() == 0:
         manifest = judge_and_publish(prepared, trained, store, track)
-        store.set_alias(manifest.model, CANDIDATE, manifest.version)
-        if PRODUCTION not in store.aliases(manifest.model):
-            store.promote(f"{manifest.model}@{manifest.version}")
+        stand_as_candidate(manifest, store)
     processes.wait()
     return store.manifest(f"{prepared.model}@{CANDIDATE}")
+
+
+def stand_as_candidate(manifest: Manifest, store: ModelStore) -> None:
+    """A name's first version is its production too."""
+    store.set_alias(manifest.model, CANDIDATE, manifest.version)
+    if PRODUCTION not in store.aliases(manifest.model):
+        store.promote(f"{manifest.model}@{manifest.version}")
 
 
 def fit_phases(prepared: Prepared, track: Track, folder: RunFolder, watch: Watch | None = None) -> Trained:
@@ -421,18 +426,12 @@ def judge_and_publish(prepared: Prepared, trained: Trained, store: ModelStore, t
     forecaster = build_forecaster(recipe.family, recipe.network, trained.weights, prepared.device)
     scores = {part: score(forecaster, prepared, part, track, recipe.name) for part in prepared.origins}
     beside = {part: score(base.forecaster, prepared, part, track, "base") for part in scores} if base else {}
-    limits = forecaster.limits
     fields: dict[str, Any] = {
         "model": prepared.model,
         "symbol": prepared.symbol,
         "family": recipe.family,
         "origin": _origin(prepared),
-        "limits": ModelLimits(
-            min_context=limits.min_context,
-            max_context=limits.max_context,
-            max_horizon=limits.max_horizon,
-            max_total=limits.max_total,
-        ),
+        "limits": asdict(forecaster.limits),
         "serving": _serving(recipe),
         "training": _record(prepared, trained),
         "selected_on": prepared.selected_on,

@@ -26,6 +26,7 @@ from training.train import (
     judge_and_publish,
     prepare,
     prepare_one,
+    refuse_leak,
     score,
 )
 from training.trial import Job, prepared_for
@@ -95,15 +96,17 @@ def tune_version(
     version = store.load(reference)
     manifest = version.manifest
     recipe = _recipe_of(manifest, store, folder, home)
-    space = space or serving_space(manifest, recipe.horizon)
+    horizon = max(recipe.horizon, plan.horizon or 0)  # of the trials, and of the child's own evaluation
+    space = space or serving_space(manifest, horizon)
     _check_space(recipe, space)
     prepared = prepare(recipe, home / "cache")
+    refuse_leak(manifest, prepared.split)  # of another folder's candles it may have seen some
     exact = f"{manifest.model}@{manifest.version}"
     symbols = _symbols(prepared) if per_symbol else [manifest.symbol]
     for each in imported:
         if None not in symbols and each.symbol not in symbols:
             warn(f"{each.path}: left out, {each.symbol} is not searched")
-    current, lookbacks = _current(manifest), (manifest.limits.min_context, _room(manifest, recipe.horizon))
+    current, lookbacks = _current(manifest), (manifest.limits.min_context, manifest.limits.room(horizon))
     for symbol in symbols:
         own = [each for each in imported if symbol in (None, each.symbol)]
         first = first_trials(own, recipe, space, current, lookbacks, warn)
@@ -114,7 +117,7 @@ def tune_version(
 
 def serving_space(manifest: Manifest, horizon: int) -> dict[str, Knob]:
     """What is searched of a version by default; ValueError where its family has no settings."""
-    room = _room(manifest, horizon)
+    room = manifest.limits.room(horizon)
     lookbacks = sorted({max(manifest.limits.min_context, room // part) for part in (8, 4, 2, 1)})
     lookback = {"serving.lookback": Knob(choices=tuple(lookbacks))}
     if manifest.family == "toto":
@@ -128,12 +131,6 @@ def serving_space(manifest: Manifest, horizon: int) -> dict[str, Knob]:
         "serving.samples": Knob(choices=(16, 32, 64)),
         "serving.aggregate": Knob(choices=("median", "mean", "trimmed_mean_10")),
     }
-
-
-def _room(manifest: Manifest, horizon: int) -> int:
-    """The longest lookback."""
-    limits = manifest.limits
-    return limits.max_context if limits.max_total is None else min(limits.max_context, limits.max_total - horizon)
 
 
 def _current(manifest: Manifest) -> dict[str, Value]:
@@ -199,7 +196,7 @@ def _publish_child(
         prepared = prepare_one(job.recipe, item, prepared.split)
     forecaster = version.build(job.device)
     before = replace(prepared, recipe=job.recipe)
-    after = replace(prepared, recipe=job.recipe.with_settings(selected.settings))
+    after = replace(prepared, recipe=job.recipe.with_settings(selected.settings), selected_on=selected)
     scores = {part: score(forecaster, after, part, track, manifest.model) for part in prepared.origins}
     beside = {part: score(forecaster, before, part, track, "before") for part in prepared.origins}
     chosen = {name.removeprefix(_SERVING): value for name, value in selected.settings.items()}

@@ -4,11 +4,10 @@ import math
 import operator
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -147,7 +146,8 @@ def test_a_search_loses_a_worker_and_no_digit(
 
     def kill() -> None:
         while not (busy := taking("search serving.")):
-            time.sleep(0.01)
+            if done.wait(0.01):
+                return
         killed.extend(busy[:1])
         os.kill(busy[0], signal.SIGKILL)
 
@@ -157,8 +157,12 @@ def test_a_search_loses_a_worker_and_no_digit(
         trials = [(trial.params, trial.values, trial.intermediate_values, trial.state) for trial in tuned.found.trials]
         return [tuned.found.current, trials, tuned.found.decision]
 
-    killer = Thread(target=kill, daemon=True)
+    done, killer = Event(), Thread(target=kill, daemon=True)
     killer.start()
-    assert tried("cluster", workers) == tried("here", None)
+    try:
+        assert tried("cluster", workers) == tried("here", None)
+    finally:
+        done.set()
+        killer.join()
     assert killed
     assert told == [k / 10 for k in range(1, 11)] * 2

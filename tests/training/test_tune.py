@@ -30,10 +30,10 @@ def ignore(*_: object) -> None:
 
 
 @pytest.fixture
-def put_served(store: ModelStore, tiny: dict[str, Any], sample_folder: Path) -> Callable[[], Manifest]:
+def put_served(store: ModelStore, tiny: dict[str, Any], sample_folder: Path) -> Callable[..., Manifest]:
     """Store a random kronos-demo, as if it had been trained on the samples."""
 
-    def put() -> Manifest:
+    def put(until: str = "2008-12-01") -> Manifest:
         recipe = parse_recipe(small_recipe("kronos", sample_folder, horizon=4))
         training = {
             "recipe": recipe.model_dump(mode="json"),
@@ -41,7 +41,7 @@ def put_served(store: ModelStore, tiny: dict[str, Any], sample_folder: Path) -> 
             "symbols": ["AAPL"],
             "interval": "1d",
             "start": "2000-01-03",
-            "end": "2008-12-01",
+            "end": until,
             "steps": 1,
             "seconds": 1,
             "seed": 0,
@@ -101,6 +101,7 @@ def test_better_settings_become_a_child_version_that_is_evaluated_as_it_serves(
     assert [child.files[name] for name in (CONFIG, WEIGHTS)] == [parent.files[name] for name in (CONFIG, WEIGHTS)]
     assert (child.origin.kind, child.origin.revision) == ("child", parent.version)
     assert child.training == parent.training
+    assert (child.chose_by_val, parent.chose_by_val) == (True, False)
     chosen = {name.removeprefix("serving."): value for name, value in told["best"].items()}
     assert child.serving == {"samples": 4, "top_p": 0.9, **chosen}
 
@@ -130,6 +131,15 @@ def test_better_settings_become_a_child_version_that_is_evaluated_as_it_serves(
     again = command(SHORT)  # there is nothing left to do
     assert (again.exit_code, store.versions("kronos-demo")[-1]) == (0, child.version)
     assert f"store promote {told['version']}" in again.stdout
+
+
+def test_candles_that_the_version_was_trained_on_decide_nothing(
+    command: Callable[..., Result], put_served: Callable[..., Manifest]
+) -> None:
+    put_served(until="2009-06-01")
+    done = command(SHORT)
+    assert done.exit_code == 1
+    assert "was trained on candles up to 2009-06-01" in done.output
 
 
 def test_without_better_settings_the_command_says_so_and_ends_with_a_code_of_its_own(

@@ -13,7 +13,7 @@ from prometheus_client.exposition import choose_encoder
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse
 
-from model_store.store import LoadedVersion, ModelStore
+from model_store.store import LoadedVersion
 from service.api import errors
 from service.api.quotas import Quotas
 from service.api.refreshing import Refresher
@@ -31,6 +31,7 @@ from service.api.routes import (
     promotion,
 )
 from service.api.security import PUBLIC, Access, GuardedRoute, SafeAnswers, describe_keys, is_loopback
+from service.api.tensors import HEADER_LENGTH
 from service.api.watchlist import WatchList
 from service.api.wire import BodyLimit, ClosedConnections, CountedAnswers, SymbolPaths
 from service.engine.batcher import Batcher
@@ -53,14 +54,14 @@ from service.score.ledger import Ledger
 from service.score.published import Published
 from service.score.register import Register
 from service.score.weights import LiveWeights
-from service.services import Clock, Services, wall_clock
+from service.services import Clock, Services, store_of, wall_clock
 from service.settings import Settings
 from service.state import State
 
 
 class _Api(FastAPI):
     def openapi(self) -> dict[str, Any]:
-        return describe_keys(super().openapi())
+        return describe_keys(errors.describe_problems(super().openapi()))
 
 
 def shows_docs(settings: Settings) -> bool:
@@ -93,8 +94,14 @@ def create_app(settings: Settings, *, build: Build = LoadedVersion.build, now: C
             CORSMiddleware,
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST", "PUT"],
-            allow_headers=["Authorization", "Content-Type", "If-None-Match", "Last-Event-ID", "X-Request-ID"],
-            expose_headers=["ETag", "RateLimit", "RateLimit-Policy", "Retry-After", "Server-Timing", "X-Request-ID"],
+            allow_headers=[
+                *("Authorization", "Content-Type", "If-None-Match", "Last-Event-ID", "X-Request-ID"),
+                HEADER_LENGTH,
+            ],
+            expose_headers=[
+                *("ETag", "RateLimit", "RateLimit-Policy", "Retry-After", "Server-Timing", "X-Request-ID"),
+                *("Candlecast-Degraded", "Candlecast-Stale", HEADER_LENGTH),
+            ],
         )
     app.add_middleware(CountedAnswers, metrics=services.metrics)
     app.add_middleware(KnownRequests)
@@ -103,7 +110,7 @@ def create_app(settings: Settings, *, build: Build = LoadedVersion.build, now: C
 
 def create_admin_app(services: Services) -> FastAPI:
     """`/metrics` and what changes the service, for the admin port."""
-    app = FastAPI(title="Candlecast admin", docs_url=None, redoc_url=None, openapi_url=None)
+    app = _Api(title="Candlecast admin", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.services = services
     app.router.route_class = GuardedRoute
     app.include_router(promotion.router)
@@ -127,7 +134,7 @@ def build_services(settings: Settings, *, build: Build = LoadedVersion.build, no
     """The parts, of which nothing runs yet."""
     metrics = Metrics(CollectorRegistry(), role=settings.role, device=settings.device)
     state = State(settings.redis_url, settings.home, metrics)
-    store = ModelStore(settings.store_root, settings.home / "store-cache", settings.store_public_key)
+    store = store_of(settings)
     selection = Selection(store, settings.home, settings.device, settings.runtime)
     batcher = Batcher(settings.max_batch_rows)
     engine = Engine(batcher, metrics, settings.watchdog_seconds)

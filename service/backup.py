@@ -38,6 +38,7 @@ from model_store.files import StoreError, VerificationFailed, entries_of
 from model_store.manifest import MANIFEST, FileEntry, Manifest, canonical_json
 from model_store.store import ALIASES, BESIDE, ModelStore, parse_manifest
 from model_store.tar import add, bytes_of, parts_of, plain_members
+from service.services import store_of
 from service.settings import Settings
 from service.snapshot import Kept, Snapshot, payloads
 from service.state import REDIS_ERRORS, PrivateRedis, StateError, connect, raw
@@ -80,7 +81,7 @@ async def backup(settings: Settings, path: Path) -> Index:
         raise FileExistsError(f"{path} exists")
     if settings.redis_url is None and not (settings.home / "redis").is_dir():
         raise StateError(f"{settings.home} holds no history: name the service's home in CANDLECAST_HOME")
-    store = _store_of(settings)
+    store = store_of(settings)
     with tempfile.TemporaryDirectory(prefix=".backup-", dir=path.parent) as folder:
         history, draft = Path(folder) / HISTORY, Path(folder) / "draft.tar"
         async with _redis(settings, may_be_shared=True) as client:
@@ -106,7 +107,7 @@ async def restore(settings: Settings, path: Path, *, replace: bool = False) -> I
     to those that are there. After a failure, history and aliases are as they were.
     """
     with _opened(path) as archive:
-        store = _store_of(settings)
+        store = store_of(settings)
         if not replace:
             _refuse_other_aliases(store, archive)
         async with _redis(settings) as target:
@@ -160,10 +161,6 @@ class _Archive:
 
     def _bytes(self, name: str) -> bytes:
         return bytes_of(self._tar, self._tar.getmember(name))
-
-
-def _store_of(settings: Settings) -> ModelStore:
-    return ModelStore(settings.store_root, settings.home / "store-cache", settings.store_public_key)
 
 
 def _stamps(store: ModelStore) -> dict[str, str]:

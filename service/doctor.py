@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
-from rich.table import Table
+from rich.table import Column, Table
 
 from model_store.artefacts import find_artefacts
 from model_store.files import StoreError
@@ -24,6 +24,7 @@ from model_store.manifest import Manifest
 from model_store.store import PRODUCTION, ModelStore
 from models.runtimes.kinds import platform_name
 from service.engine.memory import default_budget
+from service.services import store_of
 from service.settings import Settings
 from service.state import REDIS_ERRORS, PrivateRedis, StateError, connect, raw
 
@@ -50,7 +51,7 @@ class Finding:
 
 def examine(settings: Settings) -> Iterator[Finding]:
     """Every finding, for a service with these settings. Nothing is started, and nothing changed but a probed folder."""
-    store = ModelStore(settings.store_root, public_key=settings.store_public_key)
+    store = store_of(settings)
     checks: tuple[Callable[[], Iterable[Finding]], ...] = (
         _python,
         lambda: _torch(settings.device),
@@ -70,7 +71,8 @@ def examine(settings: Settings) -> Iterator[Finding]:
 
 def findings_table(findings: Iterable[Finding]) -> Table:
     """For people; the advice stands below what was found."""
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    long_paths = Column(overflow="fold")  # are broken, not cut
+    table = Table("", "", long_paths, box=None, show_header=False, padding=(0, 2, 0, 0))
     for each in findings:
         table.add_row(each.level, each.topic, "\n".join(filter(None, (each.found, each.advice))))
     return table
@@ -195,14 +197,13 @@ def _installed(name: str) -> str | None:
 
 
 async def _redis(settings: Settings) -> list[Finding]:
-    own = settings.home.resolve() / "redis"
-    url = settings.redis_url or f"unix://{own / PrivateRedis.SOCKET}"
-    client = connect(url, seconds=2.0)
+    own = PrivateRedis(settings.home.resolve() / "redis")
+    client = connect(settings.redis_url or own.url, seconds=2.0)
     try:
         info: Mapping[str, Any] = await client.info("server")
         seconds, micros = raw(await client.time())
     except REDIS_ERRORS as error:
-        return [_absent(type(error).__name__) if settings.redis_url else _private(PrivateRedis(own))]
+        return [_absent(type(error).__name__) if settings.redis_url else _private(own)]
     finally:
         await client.aclose()
     found = f"{info['redis_version']} answers at {'CANDLECAST_REDIS_URL' if settings.redis_url else settings.home}"

@@ -19,6 +19,7 @@ LogFormat = Literal["text", "json"]
 REQUEST_ID: Final = "x-request-id"
 request_id: Final[ContextVar[str | None]] = ContextVar("request_id", default=None)
 
+_HEADER: Final = REQUEST_ID.encode()
 _answers = logging.getLogger("service.answers")
 _WELLFORMED: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -73,7 +74,7 @@ class KnownRequests:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started, status = time.monotonic(), 500
-        sent = [value for name, value in scope["headers"] if name == REQUEST_ID.encode()]
+        sent = [value for name, value in scope["headers"] if name == _HEADER]
         known = sent[0].decode() if len(sent) == 1 and _WELLFORMED.fullmatch(sent[0]) else secrets.token_hex(8)
         request_id.set(known)
 
@@ -81,8 +82,8 @@ class KnownRequests:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                others = [each for each in message["headers"] if each[0] != REQUEST_ID.encode()]
-                message["headers"] = [*others, (REQUEST_ID.encode(), known.encode())]
+                others = [each for each in message["headers"] if each[0] != _HEADER]
+                message["headers"] = [*others, (_HEADER, known.encode())]
             await send(message)
 
         try:

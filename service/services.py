@@ -7,6 +7,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from model_store.store import ModelStore
 from service.api.quotas import Quotas
 from service.api.security import Access
 from service.api.watchlist import WatchList
@@ -32,6 +33,11 @@ Clock = Callable[[], int]
 def wall_clock() -> int:
     """Now, in UTC milliseconds."""
     return time.time_ns() // 1_000_000
+
+
+def store_of(settings: Settings) -> ModelStore:
+    """The model store that a service with these settings reads; a remote one through a mirror in its home."""
+    return ModelStore(settings.store_root, settings.home / "store-cache", settings.store_public_key)
 
 
 @dataclass

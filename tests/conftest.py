@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import re
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from model_store.store import ModelStore
 from models.ensemble import EnsembleForecaster, member_of
 from models.families import build_forecaster
 from models.forecaster import Forecaster
+from tests.scripted import Scripted
 
 
 def short_recipe(name: str) -> str:
@@ -26,6 +28,19 @@ def short_recipe(name: str) -> str:
     text = re.sub(r"^steps = \d+", "steps = 3", text, flags=re.MULTILINE)
     text = re.sub(r"^(unseen_)?stride = (?:16|4)$", r"\1stride = 400", text, flags=re.MULTILINE)
     return text.replace("samples = 64", "samples = 8")
+
+
+@pytest.fixture
+def scripted() -> Iterator[Callable[..., Scripted]]:
+    servers: list[Scripted] = []
+
+    def start(*answers: Any) -> Scripted:
+        servers.append(Scripted(*answers))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
 
 
 @pytest.fixture(scope="session")
@@ -115,6 +130,8 @@ def put_tiny(tiny: dict[str, Tiny]) -> Callable[[ModelStore, str], Manifest]:
 def put_ensemble() -> Callable[..., Manifest]:
     """Store an ensemble of production versions: `put(store, ["toto-demo", "kronos-demo"], [[0.25, 0.75], ...])`."""
 
+    numbers = count()
+
     def put(store: ModelStore, names: Sequence[str], weights: Sequence[Sequence[float]], horizon: int = 30) -> Manifest:
         members = ["@".join(store.resolve(name)) for name in names]
         config = {"members": members, "weights": weights, "max_horizon": horizon, "learnt": {"until": "2010-05-28"}}
@@ -123,7 +140,7 @@ def put_ensemble() -> Callable[..., Manifest]:
             "family": "ensemble",
             "origin": {"kind": "trained", "source": f"blend of {', '.join(members)}"},
             "limits": {"min_context": 2, "max_context": 512, "max_horizon": horizon},
-            "created_at": "2025-02-01T00:00:00Z",
+            "created_at": f"2025-02-01T00:00:{next(numbers):02d}Z",
         }
         parts = [store.load(member) for member in members]
         built = [member_of(part.build(), part.manifest.serving) for part in parts]

@@ -11,9 +11,10 @@ from pydantic import ValidationError
 
 from model_store.manifest import Evaluation
 from models.candles import CLOSE, Floats
+from models.ensemble import EnsembleForecaster
 from models.forecaster import Forecast, ForecastInput, InvalidModelOutput
 from models.scoring import EQUAL, group_name
-from service.api.parameters import Parameters
+from service.api.parameters import Parameters, sampling_used
 from service.api.schemas import (
     CacheResult,
     CalibrationAnswer,
@@ -66,9 +67,12 @@ class Asked:
 
     @property
     def cost(self) -> int:
-        """Candles that the model reads and draws."""
-        paths = self.parameters.sampling.samples if self.parameters.draws else 1
-        return len(self.item.timestamps) + self.parameters.horizon * paths
+        """Candles that the model, or all members of an ensemble, read and draw."""
+        forecaster = self.model.forecaster
+        if not isinstance(forecaster, EnsembleForecaster):
+            return _cost(self.model.family, self.item)
+        members = zip(self.model.members, forecaster.members, strict=True)
+        return sum(_cost(each.family, member.asked(self.item)) for each, member in members)
 
     @property
     def settled_until(self) -> float:
@@ -104,6 +108,11 @@ class Found:
     kept: Kept
     cache: CacheResult
     stages: Timings = field(default_factory=Timings)
+
+
+def _cost(family: str, item: ForecastInput) -> int:
+    paths = item.sampling.samples if sampling_used(family, item.horizon) else 1
+    return len(item.timestamps) + item.horizon * paths
 
 
 def lasting_part(asked: Asked, computed: Computed) -> Kept:

@@ -238,16 +238,14 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"description": http.HTTPStatus(status).phrase, "content": content} for status in statuses}
 
 
+def describe_problems(schema: dict[str, Any]) -> dict[str, Any]:
+    """An OpenAPI description with what `problems` refers to."""
+    schema["components"]["schemas"]["Problem"] = _PROBLEM
+    return schema
+
+
 def install(app: FastAPI) -> None:
-    """Make every failure of `app` a problem, and describe it as one."""
-    describe = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        described = describe()
-        described["components"]["schemas"]["Problem"] = _PROBLEM
-        return described
-
-    app.openapi = openapi  # type: ignore[method-assign] # FastAPI's own way to extend it
+    """Make every failure of `app` a problem."""
     handlers: dict[type[Exception], _Handler] = {
         InputError: _on_input_error,
         ModelError: _on_model_error,

@@ -40,7 +40,7 @@ def settle(request: ForecastRequest, model: LoadedModel) -> Parameters:
     horizon = request.horizon or min(serving.get("horizon", DEFAULT_HORIZON[model.family]), limits.max_horizon)
     if horizon > limits.max_horizon:
         raise ModelError(f"the model forecasts {limits.max_horizon} steps at most", "horizon", "horizon_too_long")
-    used = _sampling_used(model.family, horizon)
+    used = sampling_used(model.family, horizon)
     _refuse_unused(request, model.family, used)
     given = {name: value for name in SAMPLING if (value := getattr(request, name)) is not None}
     return Parameters(
@@ -64,7 +64,7 @@ def require_enough(got: int, parameters: Parameters, limits: ModelLimits) -> Non
         raise InputError(detail, pointer, "too_few_candles", needed=needed, got=got)
 
 
-def _sampling_used(family: str, horizon: int) -> tuple[str, ...]:
+def sampling_used(family: str, horizon: int) -> tuple[str, ...]:
     """The sampling settings that have a meaning: Toto draws beyond one pass, from its mixtures as they are."""
     if family == "toto":
         return ("samples",) if horizon > _TOTO_PASS else ()
@@ -83,9 +83,7 @@ def _refuse_unused(request: ForecastRequest, family: str, used: tuple[str, ...])
 
 def _lookback(request: ForecastRequest, model: LoadedModel, horizon: int) -> int:
     limits = model.manifest.limits
-    room = limits.max_context
-    if limits.max_total is not None:
-        room = min(room, limits.max_total - horizon)
+    room = limits.room(horizon)
     if room < limits.min_context:
         raise ModelError("the horizon leaves the model no room for candles", "horizon", "horizon_too_long")
     if request.lookback is None:

@@ -80,7 +80,9 @@ async def holds(repeat: Repeat, parts: Services) -> bool:
     """Whether a request would be settled as it was, while the clock has not passed it."""
     if repeat.model != WITHOUT_WEIGHTS.executed:
         model = parts.registry.at_hand(repeat.reference, repeat.series[0])
-        if model is None or parts.weights.at_hand(model, repeat.series[1]).executed != repeat.model:
+        if model is None:
+            return False
+        if (*model.executed[:-1], parts.weights.number(model, repeat.series[1])) != repeat.model:
             return False
     if parts.evaluator.of(*repeat.series) is not repeat.standings:
         return False

@@ -21,7 +21,7 @@ from fastapi.routing import APIRoute
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as HttpScope
 
-from service.api.errors import Forbidden, QuotaExceeded, Unauthorized
+from service.api.errors import Forbidden, QuotaExceeded, Unauthorized, problems
 from service.api.quotas import Quotas
 from service.api.schemas import normalise_symbol
 from service.keys import ApiKey, Auth, Grant, KeyFile, Keys, KeysUnreadable, Scope, is_wellformed, make_key
@@ -48,15 +48,15 @@ class NoKeys(RuntimeError):
 
 def open_to(*scopes: Scope, cost: str | None = None) -> dict[str, Any]:
     """For a route's `openapi_extra`: a key with any of these scopes opens it; `cost` says what its endpoint charges."""
-    problems = {"application/problem+json": {"schema": {"type": "object"}}}
     told = {
-        "401": "No key, or none that counts.",
-        "403": "The key is not for this, or not for this symbol.",
-        "429": "The key's quota is spent; Retry-After says for how long.",
+        401: "No key, or none that counts.",
+        403: "The key is not for this, or not for this symbol.",
+        429: "The key's quota is spent; Retry-After says for how long.",
     }
+    refusals = {str(status): problems(status)[status] | {"description": text} for status, text in told.items()}
     return {
         "security": [{"key": [scope]} for scope in scopes],
-        "responses": {status: {"description": text, "content": problems} for status, text in told.items()},
+        "responses": refusals,
         **({_COST: cost} if cost else {}),
     }
 
@@ -124,6 +124,14 @@ class Access:
             self._metrics.denials.labels(error.code).inc()
             raise
 
+    def require(self, caller: Caller, symbol: str) -> None:
+        """Forbidden unless the caller's key is for a normalised symbol; for a route whose path does not name it."""
+        try:
+            _refuse_foreign(caller, symbol)
+        except Forbidden as error:
+            self._metrics.denials.labels(error.code).inc()
+            raise
+
     def holds(self, caller: Caller) -> bool:
         """Whether a caller who was admitted before has a key that still counts."""
         keys = self._current()
@@ -161,10 +169,10 @@ class Access:
         grant = key.grant
         if scopes.isdisjoint(grant.scopes):
             raise Forbidden("scope_missing", f"this takes a key with the scope {' or '.join(sorted(scopes))}")
-        symbol = scope["path_params"].get("symbol")
-        if symbol is not None and grant.symbols and not grant.covers(normalise_symbol(symbol)):
-            raise Forbidden("symbol_not_allowed", "the key is not for this symbol")
-        return Caller(key.kid, grant)
+        caller, symbol = Caller(key.kid, grant), scope["path_params"].get("symbol")
+        if symbol is not None and grant.symbols:
+            _refuse_foreign(caller, normalise_symbol(symbol))
+        return caller
 
     def _has_expired(self, key: ApiKey) -> bool:
         return key.expires_at is not None and key.has_expired(datetime.fromtimestamp(self._now() / 1000, UTC))
@@ -227,6 +235,11 @@ class GuardedRoute(APIRoute):
             if not self._charges:
                 await access.charge(caller, 1, services.quotas)
         await super().handle(scope, receive, send)
+
+
+def _refuse_foreign(caller: Caller, symbol: str) -> None:
+    if not caller.may_ask(symbol):
+        raise Forbidden("symbol_not_allowed", "the key is not for this symbol")
 
 
 def caller_of(request: Request) -> Caller:

@@ -68,6 +68,12 @@ def validated(body: Any, kind: type[Body]) -> Body:
         raise RequestValidationError([{**each, "loc": ("body", *each["loc"])} for each in found]) from None
 
 
+def names_tag(header: str | None, tag: str) -> bool:
+    """Whether an If-None-Match names a tag, weakly."""
+    named = [each.strip().removeprefix("W/") for each in (header or "").split(",")]
+    return "*" in named or tag.removeprefix("W/") in named
+
+
 class StrictRoute(GuardedRoute):
     """A route that reads its body as StrictRequest does."""
 

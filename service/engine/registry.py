@@ -347,7 +347,11 @@ class Registry:
         await self._loaded(exact)
         held = self._held.get(exact)
         for member in held.members if held else ():
-            await self._made_ready(member)
+            try:
+                await self._made_ready(member)
+            except ModelUnavailable as error:  # or every look would try it anew
+                self.failures.note(exact, Unfit(f"{exact} blends what does not forecast: {error}"))
+                raise
         if held and held.settling:
             await asyncio.shield(held.settling)
         if held is None or held.model is None or held.rehearsed:
@@ -391,9 +395,11 @@ class Registry:
                 await self._make_room(exact)
                 for member in held.members:
                     await self._member(exact, member)
-                held.model = await asyncio.to_thread(self._read, exact, self._in_memory(held.members))
-                if held.members:  # one of which may have settled meanwhile
-                    held.model = _reassembled(held.model, self._in_memory(held.members))
+                if held.members:
+                    found = await asyncio.to_thread(self.store.load, exact, alone=True)
+                    held.model = _assembled(found.manifest, found.config, self._in_memory(held.members))
+                else:
+                    held.model = await asyncio.to_thread(self._read, exact)
         except Exception as error:  # noqa: BLE001 - whoever waits hears that it cannot be loaded
             del self._held[exact]
             self.failures.note(exact, error)
@@ -416,10 +422,8 @@ class Registry:
     def _in_memory(self, members: Sequence[str]) -> list[LoadedModel]:
         return [model for exact in members if (model := self._held[exact].model)]
 
-    def _read(self, exact: str, members: Sequence[LoadedModel]) -> LoadedModel:
-        found = self.store.load(exact, alone=True)
-        if members:
-            return _assembled(found.manifest, found.config, members)
+    def _read(self, exact: str) -> LoadedModel:
+        found = self.store.load(exact)
         forecaster = self._build(found, self._device)
         return LoadedModel(found.manifest, forecaster, settled=not self._selection.is_open(found.manifest))
 
@@ -510,18 +514,15 @@ class Registry:
         return self._held[exact].bytes + (base.bytes if base else 0)
 
     def _needed(self) -> set[str]:
-        """What an alias means or is about to, and what adapters are added to.
+        """What an alias means or is about to, what adapters are added to, and what ensembles blend.
 
         A symbol's version can be loaded again when it is asked for.
         """
         served = {exact for key, exact in self._serving.items() if not _is_symbol(key)}
         bases = {held.base for held in self._held.values() if held.base}
         swapped = {exact for key in self._swaps if (exact := self._target(key))}
-        return served | bases | swapped | self._blended()
-
-    def _blended(self) -> set[str]:
-        """The members of every ensemble in memory, or on its way there."""
-        return {member for held in self._held.values() for member in held.members}
+        blended = {member for held in self._held.values() for member in held.members}
+        return served | bases | swapped | blended
 
     def _dispensable(self) -> str | None:
         needed, symbols = self._needed(), set(self._serving.values())
@@ -533,17 +534,18 @@ class Registry:
         return min(found)[2] if found else None
 
     def _release(self) -> None:
-        """Let go every version that no alias means any more, unless it is asked for by its version.
-
-        Adapters first, whose bases may then be needed by nobody.
-        """
-        for exact, held in sorted(self._held.items(), key=lambda pair: pair[1].base is None):
-            kept = self._needed() | set(self._serving.values())
-            if held.model and not held.settling and not held.by_version and exact not in kept:
+        """Let go every version that no alias means any more, unless it is asked for by its version."""
+        while unneeded := self._unneeded():  # without them their bases and members may be needed by nobody
+            for exact in unneeded:
                 self._drop(exact)
-                if held.members:
-                    self._release()  # nothing may need them any more
-                    return
+
+    def _unneeded(self) -> list[str]:
+        kept = self._needed() | set(self._serving.values())
+        return [
+            exact
+            for exact, held in self._held.items()
+            if held.model and not held.settling and not held.by_version and exact not in kept
+        ]
 
     def _drop(self, exact: str) -> None:
         held = self._held.pop(exact)

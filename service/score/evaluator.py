@@ -102,7 +102,7 @@ class Evaluator:
         metrics: Metrics,
         follow: Follow,
     ) -> None:
-        """`follow` hears of everything that was scored, after each round."""
+        """`follow` hears of everything that was scored, after each look at everything."""
         self.last_success = 0.0  # UTC seconds
         self._ledger = ledger
         self._history = history
@@ -212,10 +212,10 @@ class Evaluator:
                     await self._attempt(*self._current)
                     self._advance()
                 await self.summarise()
-                await self._follow({series: each.blocks for series, each in self._known.items()})
-                self.last_success, failed = time.time(), False
                 if everything:
+                    await self._follow({series: each.blocks for series, each in self._known.items()})
                     self._metrics.evaluator_seconds.set(time.monotonic() - started)
+                self.last_success, failed = time.time(), False
             except (HistoryUnavailable, *REDIS_ERRORS) as error:
                 if not failed:
                     _log.warning("scores are not up to date: %s", type(error).__name__)

@@ -6,6 +6,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from contextvars import Context
 from typing import Final
 
 from service.metrics import Metrics
@@ -50,7 +51,8 @@ class Register:
                 served = lambda: made  # noqa: E731
         self._waiting.append(served)
         if self._writer is None:
-            self._writer = asyncio.create_task(self._write(), name="ledger")
+            # In a context of its own: it goes on for others, whose lines in the log would have this request's id.
+            self._writer = asyncio.create_task(self._write(), name="ledger", context=Context())
 
     async def flush(self) -> None:
         """Wait until everything noted so far is written, or Redis does not answer."""

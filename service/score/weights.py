@@ -87,12 +87,17 @@ class LiveWeights:
 
     def at_hand(self, model: LoadedModel, interval: str) -> LoadedModel:
         """The same by what is known here; what another process changes is known within a minute."""
-        found = self._in_use.get(model.exact) if self.live and model.members else None
-        if found is None or interval not in found.weights:
+        if not self.number(model, interval):
             return model
+        found = self._in_use[model.exact]
         ensemble = model.forecaster
         assert isinstance(ensemble, EnsembleForecaster)
         return replace(model, forecaster=ensemble.weighted(found.weights[interval]), weights=found.number)
+
+    def number(self, model: LoadedModel, interval: str) -> int:
+        """Which weights `at_hand` would give it; 0: those that it has."""
+        found = self._in_use.get(model.exact) if self.live and model.members else None
+        return found.number if found and interval in found.weights else 0
 
     def published(self, exact: str) -> Published:
         """VersionNotFound unless `name@version` is an ensemble."""

@@ -81,10 +81,9 @@ async def keep(client: Any, app: Any, rows: Any, clock: "Clock", come: int = 3) 
 async def answers(client: Any, app: Any) -> dict[str, bytes]:
     """All that can be asked, once the evaluator has looked at it."""
     evaluator = app.state.services.evaluator
-    last = evaluator.last_success
     evaluator.touch("BTC", "1h")
-    while evaluator.last_success == last:
-        await asyncio.sleep(0.01)
+    await evaluator.caught_up("BTC", "1h")
+    await evaluator.summarise()
     forecast = (await client.post("/forecast/BTC", json=NAIVE)).json()
     del forecast["meta"]["timings_ms"]
     found = {path: (await client.get(path)).content for path in ASKED}
@@ -109,10 +108,11 @@ async def stored(settings: Settings) -> dict[bytes, bytes]:
     server = PrivateRedis(settings.home / "redis")
     client = connect(server.url)
     await server.start(client)
-    found = {key: await client.dump(key) async for key in client.scan_iter()}  # type: ignore[no-untyped-call]
-    await client.aclose()
-    await server.stop()
-    return found
+    try:
+        return {key: await client.dump(key) async for key in client.scan_iter()}  # type: ignore[no-untyped-call]
+    finally:
+        await client.aclose()
+        await server.stop()
 
 
 @pytest.mark.parametrize("is_remote", [False, True])
@@ -149,7 +149,7 @@ async def test_what_a_backup_holds_is_of_one_instant_while_candles_come(
                 await asyncio.sleep(0.005)
 
         writer = asyncio.create_task(come())
-        while came < 10:
+        while came < 10 and not writer.done():
             await asyncio.sleep(0)
         earliest = came
         await backup(app.state.services.settings, tmp_path / "all.tar")

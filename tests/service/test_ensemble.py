@@ -60,6 +60,7 @@ async def test_a_served_blend_is_the_one_without_a_service_to_the_bit(
             | {"horizon": 10}
         )
         asked = await settled("BTC", request, parts, Noted())
+        assert asked.cost == 100 + 10 + 64 + 10 * 32  # both members read, and Kronos draws
         [offline] = forecast(store.load("ensemble").build(), [asked.item])
         assert np.array_equal([row[1:] for row in told["forecast"]], offline.point)
         for name, quantiles in offline.quantiles.items():
@@ -156,6 +157,27 @@ async def test_a_member_that_does_not_load_is_named(
         answer = await ask(client, rows)
         assert (answer.status_code, answer.json()["code"]) == (503, "model_unavailable")
         assert member in answer.json()["detail"]
+
+
+async def test_a_member_that_does_not_forecast_is_not_tried_at_every_look(
+    running: Running, store: ModelStore, plain: Manifest, put_ensemble: Put, rows: Any, monkeypatch: Any
+) -> None:
+    rehearsed: list[str] = []
+
+    async def rehearse(model: Any) -> None:
+        rehearsed.append(model.exact)
+        raise InvalidModelOutput("nothing")
+
+    async with running(store_poll_seconds=3600.0) as (client, app):
+        assert (await ask(client, rows)).status_code == 200
+        registry = app.state.services.registry
+        monkeypatch.setattr(registry, "_rehearse", rehearse)
+        other = put_ensemble(store, ["first", "second"], [[0.9, 0.1], [0.9, 0.1]])
+        for _ in range(5):
+            await followed(app)
+        assert rehearsed == store.config(plain)["members"][:1] * 2  # the first failure may have been bad luck
+        assert f"ensemble@{other.version}" in registry.failures
+        assert (await ask(client, rows)).json()["model"]["version"] == plain.version
 
 
 async def test_a_new_production_version_of_a_member_changes_no_ensemble(

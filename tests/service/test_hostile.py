@@ -27,7 +27,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     settings = {"CANDLECAST_CLIENT_SECONDS": str(SECONDS), "CANDLECAST_WATCH": "BTC-USDT:naive:3"}
     with start_naive_service(tmp_path_factory.mktemp("hostile"), settings) as service:
         yield service
-        assert httpx.get(f"{service.url}/livez").status_code == 200
+        assert httpx.get(f"{service.url}/livez", timeout=PATIENCE).status_code == 200
 
 
 def connect(service: Service, **options: int) -> socket.socket:
@@ -64,7 +64,12 @@ def test_what_is_sent_in_bad_faith_is_refused_in_few_words(service: Service) -> 
 def test_a_body_of_more_values_than_any_request_is_not_parsed(service: Service) -> None:
     for unit in (b"1,", b"[],", b"{},"):
         body = b'{"candles": [' + unit * 500_001 + b"1]}"
-        answer = httpx.put(f"{service.url}/candles/BTC", content=body, headers={"Content-Type": "application/json"})
+        answer = httpx.put(
+            f"{service.url}/candles/BTC",
+            content=body,
+            headers={"Content-Type": "application/json"},
+            timeout=PATIENCE,
+        )
         assert (answer.status_code, answer.json()["code"]) == (413, "body_too_large")
 
 

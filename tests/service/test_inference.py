@@ -49,13 +49,13 @@ def tensors(rows: list[list[float]], binary: bool) -> list[triton.InferInput]:
 
 def post(service: Service, rows: list[list[float]] | None, symbol: str, **asked: Any) -> Any:
     body = {"model": "kronos", **asked, **({"candles": rows} if rows else {})}
-    answer = httpx.post(f"{service.url}/forecast/{symbol}", json=body)
+    answer = httpx.post(f"{service.url}/forecast/{symbol}", json=body, timeout=60)
     assert answer.status_code == 200, answer.text
     return answer.json()
 
 
 def infer(service: Service, body: Any, model: str = "kronos", **headers: str) -> httpx.Response:
-    return httpx.post(f"{service.url}/v2/models/{model}/infer", content=json.dumps(body), headers=headers)
+    return httpx.post(f"{service.url}/v2/models/{model}/infer", content=json.dumps(body), headers=headers, timeout=60)
 
 
 def test_the_server_and_its_models_describe_themselves(client: Any) -> None:
@@ -165,7 +165,7 @@ def test_lengths_that_lie_are_refused(service: Service) -> None:
         assert "within the body" in answer.json()["error"]
     body = json.dumps(of()).encode()
     headers = {"Inference-Header-Content-Length": str(len(body))}
-    answer = httpx.post(f"{service.url}/v2/models/kronos/infer", content=body + b"1234", headers=headers)
+    answer = httpx.post(f"{service.url}/v2/models/kronos/infer", content=body + b"1234", headers=headers, timeout=60)
     assert (answer.status_code, answer.json()) == (400, {"error": "there are more bytes than the inputs take"})
 
 

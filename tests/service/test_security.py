@@ -481,11 +481,13 @@ async def serving(app: FastAPI) -> AsyncIterator[str]:
     config = uvicorn.Config(app, port=0, lifespan="off", log_config=None, log_level="trace", access_log=True)
     server = uvicorn.Server(config)
     task = asyncio.create_task(server._serve())
-    while not server.started:
-        await asyncio.sleep(0.01)
-    yield "http://{}:{}".format(*server.servers[0].sockets[0].getsockname())
-    server.should_exit = True
-    await task
+    try:
+        while not server.started and not task.done():
+            await asyncio.sleep(0.01)
+        yield "http://{}:{}".format(*server.servers[0].sockets[0].getsockname())
+    finally:
+        server.should_exit = True
+        await task
 
 
 async def test_no_key_is_ever_logged_or_answered(

@@ -57,7 +57,7 @@ def test_both_ports_answer_as_soon_as_it_says_so(process: Any, rows: Any, tmp_pa
     at = listening(process)
     body = {"model": "naive", "interval": "1h", "candles": rows(), "horizon": 2}
     assert httpx.get(f"{at['url']}/readyz").status_code == 200
-    assert httpx.post(f"{at['url']}/forecast/BTC%2FUSDT", json=body).json()["symbol"] == "BTC-USDT"
+    assert httpx.post(f"{at['url']}/forecast/BTC%2FUSDT", json=body, timeout=60).json()["symbol"] == "BTC-USDT"
     assert "candlecast_http_requests_total" in httpx.get(f"{at['admin']}/metrics").text
     headers = {"X-Request-ID": "q7", "Authorization": "Bearer hush"}
     assert httpx.get(f"{at['url']}/metrics?key=hush", headers=headers).status_code == 404

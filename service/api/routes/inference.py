@@ -11,7 +11,6 @@ from typing import Annotated, Any, Final
 from fastapi import APIRouter, Depends, Request, Response
 from starlette.responses import JSONResponse
 
-from service.api.errors import Forbidden
 from service.api.repeated import AdmittedRoute
 from service.api.routes.forecast import post_forecast
 from service.api.routes.health import livez, readyz
@@ -142,9 +141,7 @@ async def infer(reference: Reference, parts: Parts, request: Request, body: Infe
     """The forecast that a POST to /forecast/{symbol} would be answered. Tensors may follow the JSON raw, in both
     directions."""
     symbol, asked = forecast_asked(body, request.state.raw, reference)
-    if not caller_of(request).may_ask(normalise_symbol(symbol)):
-        parts.metrics.denials.labels("symbol_not_allowed").inc()
-        raise Forbidden("symbol_not_allowed", "the key is not for this symbol")
+    parts.access.require(caller_of(request), normalise_symbol(symbol))
     answered = await post_forecast(symbol, parts, request, asked)
     if answered.status_code != 200:
         return answered

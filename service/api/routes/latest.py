@@ -11,6 +11,7 @@ from service.api.errors import NoForecastYet, problems
 from service.api.schemas import ForecastAnswer, Interval, Symbol, WatchAnswer, WatchEntryAnswer, normalise_symbol
 from service.api.security import Asking, GuardedRoute, open_to
 from service.api.watchlist import Latest, Watched
+from service.api.wire import names_tag
 from service.services import Parts
 
 router = APIRouter(route_class=GuardedRoute)
@@ -74,7 +75,7 @@ async def get_latest(watched: Listed, parts: Parts, if_none_match: Annotated[str
     stale = watched.is_stale(now)
     degraded = latest.degraded(parts.degraded, stale)
     headers = _headers(latest, now, degraded)
-    if _names(if_none_match, headers["ETag"]):
+    if names_tag(if_none_match, headers["ETag"]):
         return Response(status_code=304, headers=headers)
     return Response(latest.body(now, degraded), media_type="application/json", headers=headers)
 
@@ -114,9 +115,3 @@ def _headers(latest: Latest, now: int, degraded: tuple[str, ...]) -> dict[str, s
         **({"Candlecast-Degraded": ", ".join(degraded)} if degraded else {}),
         **({_STALE: "true"} if "stale" in degraded else {}),
     }
-
-
-def _names(header: str | None, tag: str) -> bool:
-    """Whether an If-None-Match names a weak tag."""
-    named = [each.strip().removeprefix("W/") for each in (header or "").split(",")]
-    return "*" in named or tag.removeprefix("W/") in named

@@ -13,6 +13,7 @@ from typing import Annotated, Final
 from fastapi import APIRouter, Header, HTTPException, Response
 
 from service.api.security import PUBLIC, GuardedRoute
+from service.api.wire import names_tag
 
 router = APIRouter(route_class=GuardedRoute, include_in_schema=False)
 
@@ -73,7 +74,7 @@ def _answer(name: str, accept_encoding: str | None, if_none_match: str | None) -
     file = _FILES[name]
     zipped = "gzip" in (accept_encoding or "")
     tag = f'"{file.digest}{"-gzip" if zipped else ""}"'
-    if tag in (if_none_match or ""):
+    if names_tag(if_none_match, tag):
         return Response(status_code=304, headers={**_HEADERS, "ETag": tag})
     encoding = {"Content-Encoding": "gzip"} if zipped else {}
     headers = {**_HEADERS, "ETag": tag, **encoding}

@@ -13,10 +13,10 @@ from collections.abc import Iterator, Mapping
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
+from bench.processes import resident_bytes
 from bench.published import KRONOS, TOTO_BASE, random_adapter, random_weights, request, toto_config
 from bench.rows import Row
 from bench.service import put_version
-from bench.soak import resident_bytes
 from bench.timing import Work
 from bench.workbench import Workbench
 from model_store.store import ModelStore
@@ -42,7 +42,15 @@ def adapters(bench: Workbench, family: Family) -> Iterator[Row]:
     if done.returncode:
         raise RuntimeError(f"the memory of adapters was not measured: {done.stderr[-500:]}")
     grown = json.loads(done.stdout)
-    yield Row(f"memory of an adapter of {name}", "a version of merged weights", *_share(grown), "lower", "×", grown)
+    yield Row(
+        f"memory of an adapter of {name}",
+        "a version of merged weights",
+        grown["adapter_mb"] / grown["merged_mb"],
+        0.05,
+        "lower",
+        "×",
+        grown,
+    )
     base, beside = _loaded(family, _CONFIGS[family], bench.device)
     items = [request(seed=seed, **_ASKED[family]) for seed in range(_SYMBOLS)]
     sides: dict[str, Work] = {
@@ -58,11 +66,6 @@ def adapters(bench: Workbench, family: Family) -> Iterator[Row]:
     yield Row(f"{work}, time", "the same batch of the base", mixed.value, 1.25, "lower", "×", detail | interval)
     against, interval = f"{_SYMBOLS} merged versions in turn", {"interval": [apart.low, apart.high]}
     yield Row(f"{work}, forecasts/s", against, apart.value, 1.0, "higher", "×", detail | interval)
-
-
-def _share(grown: Mapping[str, float]) -> tuple[float, float]:
-    """Reached, and to reach."""
-    return grown["adapter_mb"] / grown["merged_mb"], 0.05
 
 
 def _loaded(family: Family, config: dict[str, Any], device: str) -> tuple[Forecaster, list[Forecaster]]:
@@ -87,7 +90,8 @@ def _memory(family: Family) -> dict[str, float]:
     with TemporaryDirectory() as folder:
         store = ModelStore(folder)
         exact = put_version(store, family, family, config, random_weights(family, config))
-        base, weights = store.load(exact).build(), store.load(exact).weights
+        version = store.load(exact)
+        base, weights = version.build(), version.weights
         assert isinstance(base, Adaptable)
         sizes = [_resident()]
         kept: list[Any] = [base]

@@ -12,11 +12,10 @@ from typing import Any, Final
 from redis import Redis
 
 from bench.http import computed, model_facts
-from bench.processes import Load
+from bench.processes import Load, resident_bytes
 from bench.published import KRONOS_TINY, TOTO_TINY, random_weights, toto_config
 from bench.rows import Row
 from bench.service import Service, ccxt_rows, forecast_body, put_version, start_service
-from bench.soak import resident_bytes
 from bench.workbench import KRONOS_SMALL, TOTO, Workbench
 from model_store.store import ModelStore
 from service.state import PrivateRedis

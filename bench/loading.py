@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import models.families  # noqa: F401 - no part of a load
+from bench.processes import resident_bytes
 from bench.published import random_weights
 from bench.rows import Row
 from bench.service import put_version
-from bench.soak import resident_bytes
 from bench.timing import Work, race, wall_time
 from bench.workbench import Workbench
 from model_store.manifest import WEIGHTS

@@ -62,6 +62,12 @@ class LoadClient:
         return load
 
 
+def resident_bytes(process: int | str, kind: str = "VmRSS") -> int:
+    """Memory that a process holds; the most that it has held is of the kind VmHWM."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(kind))
+
+
 @contextlib.contextmanager
 def server(
     command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None

@@ -24,6 +24,7 @@ from urllib.request import urlopen
 from bench.connection import Connection
 from bench.gates import Figure, show
 from bench.load import SEED, Record, Target, closed_loop, open_loop, percentile, poisson, summary
+from bench.processes import resident_bytes
 from bench.published import KRONOS_TINY, TOTO_TINY, random_weights, toto_config
 from bench.service import Service, forecast_body, put_version, start_service
 from model_store.store import ModelStore
@@ -39,12 +40,6 @@ _WARM_UP_SECONDS: Final = 20.0
 _SETTLING_SECONDS: Final = 0.6
 _SHOWN: Final = "tests/bench/test_soak.py"
 _CACHE_BYTES: Final = 2**20  # full, and at work, long before the first size that counts
-
-
-def resident_bytes(process: int | str, kind: str = "VmRSS") -> int:
-    """Memory that a process holds; the most that it has held is of the kind VmHWM."""
-    lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(kind))
 
 
 def mixed_bodies(seed: int = 0) -> Iterator[bytes]:

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bench.processes import resident_bytes
 from bench.published import kronos_weights, toto_weights
 from bench.references import build_kronos, build_toto
-from bench.soak import resident_bytes
 from models.kronos.network import KronosPredictor, PredictorConfig
 from models.kronos.tokenizer import KronosTokenizer, TokenizerConfig
 from models.toto.network import TotoConfig, TotoNetwork

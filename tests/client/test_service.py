@@ -58,7 +58,9 @@ def test_served_forecasts_are_told_and_scored(service: Any, rows: Any) -> None:
     sent = from_ccxt(rows(20))
     service.put_candles("SCORED", sent, interval="1h")
     found = service.forecast(symbol="SCORED", model="naive", horizon=3)
+    end = time.monotonic() + 60
     while (served := service.served("SCORED", limit=1)).empty:  # it is noted after it was answered
+        assert time.monotonic() < end
         time.sleep(0.01)
     assert set(served.columns) > {"issued_at", "target_timestamp", "predicted_close_p50"}
     assert served["target_timestamp"].iloc[-1] == found.timestamps[-1]

@@ -3,10 +3,8 @@
 import json
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -150,59 +148,9 @@ def test_a_csv_on_standard_input_tells_its_interval_after_three_candles(piped: A
 # -- the client ------------------------------------------------------------------------------------
 
 
-class Scripted:
-    """A server that gives one answer after the other; None hangs up."""
-
-    def __init__(self, *answers: tuple[int, dict[str, str], Any] | None) -> None:
-        script, self.asked = list(answers), []
-        scripted = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_PUT(self) -> None:
-                scripted.asked.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
-                answer = script.pop(0)
-                if answer is None:
-                    self.close_connection = True
-                    return
-                status, headers, content = answer
-                body = (content if isinstance(content, str) else json.dumps(content)).encode()
-                self.send_response(status)
-                for name, value in {"Content-Length": str(len(body)), **headers}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-
-    def stop(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-
-
 STORED = 200, {}, {"symbol": "A", "interval": "1h", "received": 2, "new": 2}
 TIMES = np.array([FIRST, FIRST + HOUR])
 CANDLES = np.array([[1.0, 3.0, 0.5, 2.0, 10.0]] * 2)
-
-
-@pytest.fixture
-def scripted() -> Iterator[Callable[..., Scripted]]:
-    servers: list[Scripted] = []
-
-    def start(*answers: Any) -> Scripted:
-        servers.append(Scripted(*answers))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.stop()
 
 
 @pytest.fixture
@@ -232,14 +180,14 @@ def test_what_is_busy_or_hangs_up_is_tried_again(
     scripted: Any, client: Any, said: list[str], slept: list[float]
 ) -> None:
     busy = 503, {"Retry-After": "3"}, {"detail": "not ready yet", "code": "not_ready", "errors": []}
-    server = scripted(busy, None, None, (502, {}, "<html>"), STORED)
+    server = scripted(busy, 0, 0, (502, {}, "<html>"), STORED)
     put = client(server.url + "/base/").put("A/B", TIMES, CANDLES)
     assert (put.interval, put.counts["new"]) == ("1h", 2)
     assert slept == [3, 1, 2]
     assert "is not ready (503 not ready yet): trying again in 3 s" in said[0]
     assert "does not answer" in said[1]
-    assert {path for path, _ in server.asked} == {"/base/candles/A%2FB"}
-    assert server.asked[-1][1] == server.asked[0][1]
+    assert {(method, path) for method, path, _ in server.asked} == {("PUT", "/base/candles/A%2FB")}
+    assert server.asked[-1][2] == server.asked[0][2]
 
 
 def test_a_service_that_is_not_there_is_given_up_in_time(scripted: Any, client: Any, slept: list[float]) -> None:
@@ -251,7 +199,7 @@ def test_a_service_that_is_not_there_is_given_up_in_time(scripted: Any, client: 
 
 
 def test_a_connection_that_was_hung_up_meanwhile_is_no_failure(scripted: Any, client: Any, said: list[str]) -> None:
-    server = scripted(STORED, None, STORED)
+    server = scripted(STORED, 0, STORED)
     service = client(server.url)
     service.put("A", TIMES, CANDLES)
     service.put("A", TIMES, CANDLES)

@@ -150,7 +150,9 @@ def test_a_version_is_carried_to_another_store(versions: list[str], tmp_path: Pa
 
 
 @pytest.mark.usefixtures("versions")
-def test_errors_are_one_line() -> None:
+def test_errors_say_what_failed_and_what_to_do() -> None:
     for words in (("rollback", "demo"), ("log", "Demo"), ("diff", "demo@0123456789ab", "demo"), ("promote", "nothing")):
-        assert run(*words, code=1).count("\n") == 1
+        lines = run(*words, code=1).splitlines()
+        assert len(lines) <= 2
+        assert lines[0].startswith("Error: ")
     assert "give a VERSION, or --off" in run("shadow", "demo", code=2)

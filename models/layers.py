@@ -16,6 +16,9 @@ from torch.overrides import TorchFunctionMode
 # Layers that Product.of joins: a file whose tensors are read side by side in this order is joined without a copy.
 JOINED: Final = (("q_proj", "k_proj", "v_proj"), ("w1", "w3"))
 
+# What torch on a CPU and ONNX Runtime say, in errors that are like any other.
+_NO_MEMORY: Final = ("can't allocate memory", "Failed to allocate memory")
+
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
@@ -145,6 +148,12 @@ def branched_attention(
     for weight, (_, values, _) in zip(weights[1:], own, strict=True):
         combined = combined + weight @ values
     return combined
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether memory, the device's or the machine's, is what was missing."""
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or any(words in str(error) for words in _NO_MEMORY)
 
 
 def on_device(arrays: Mapping[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:

@@ -280,7 +280,7 @@ MODELS: Final = Dashboard(
         ),
         Panel(
             "Why batches were no larger",
-            "The engine was idle, took what waited, met a deadline, was full, or computed a row alone.",
+            "Idle, freed, a deadline, full; or rows tried again after a failure: alone, or fewer for want of memory.",
             "cps",
             [
                 Query(rate("candlecast_batch_released_total", "reason"), "{{reason}}"),

@@ -28,7 +28,7 @@ from prometheus_client.registry import Collector
 
 STAGES: Final = ("queue", "batch", "prepare", "run", "finish", "total")
 OUTCOMES: Final = ("ok", "degraded", "invalid", "overloaded", "timeout", "cancelled", "error")
-RELEASES: Final = ("idle", "freed", "oldest_deadline", "full", "alone")
+RELEASES: Final = ("idle", "freed", "oldest_deadline", "full", "alone", "memory")
 ROW_KINDS: Final = ("asked", "padding")
 CACHE_RESULTS: Final = ("hit", "miss", "coalesced", "bypass")
 REFUSALS: Final = ("full", "queue", "deadline")
@@ -134,7 +134,8 @@ class Metrics:
         self.batches_released = Counter(
             "candlecast_batch_released_total",
             "Batches by why they were no larger: the engine was idle, had been freed and took what waited, chose this"
-            " bucket for its deadline, had no room for more, or computed a row alone.",
+            " bucket for its deadline, had no room for more, or tried rows again after a failure, each alone, or fewer"
+            " for want of memory.",
             ["model", "reason"],
             registry=to,
         )

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.layers import ran_out_of_memory
 from training import processes
 from training.recipe import Phase, SelectTable
 from training.resume import Log, Place, read_state, write_state
 
 _MAXRSS_UNIT: Final = 1 if sys.platform == "darwin" else 1024  # bytes
-_NO_MEMORY: Final = "can't allocate memory"  # torch says so on a CPU, in a RuntimeError like any other
 
 
 class Diverged(RuntimeError):
@@ -160,7 +160,7 @@ def _explained(error: Exception, phase: Phase, step: int, place: Place | None) -
     kept = f"; the last good state is kept in {place.state}" if place and place.state.exists() else ""
     if isinstance(error, Diverged):
         return Diverged(f"{error} at step {step}: lower the learning rate or the clipping norm{kept}")
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or _NO_MEMORY in str(error):
+    if ran_out_of_memory(error):
         rows = f"batch_rows = {phase.batch_rows} and accumulate = {phase.accumulate}"
         mend = "raise the latter, lower the former" + ("" if phase.checkpoint else " or set checkpoint = true")
         return OutOfMemory(f"out of memory at step {step} with {rows}: {mend}{kept}")

@@ -108,6 +108,7 @@ class Found:
     kept: Kept
     cache: CacheResult
     stages: Timings = field(default_factory=Timings)
+    degraded: tuple[str, ...] = ()  # what was out of order while it was computed
 
 
 def _cost(family: str, item: ForecastInput) -> int:
@@ -136,7 +137,7 @@ def whole_answer(found: Found, facts: Facts, issued_at: int, timings: TimingsMs)
             context=facts.context,
             cache=found.cache,
             batch_rows=found.kept.batch_rows,
-            degraded=list(facts.degraded),
+            degraded=[*facts.degraded, *found.degraded],
             timings_ms=timings,
         ),
     )

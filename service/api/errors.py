@@ -21,7 +21,7 @@ from model_store.gate import PromotionRefused
 from models.calendars import UnknownCalendar
 from models.candles import InvalidCandles
 from models.forecaster import InvalidModelOutput, ModelError
-from service.engine.batcher import DeadlineExceeded, EngineStopped, Overloaded
+from service.engine.batcher import DeadlineExceeded, EngineStopped, OutOfMemory, Overloaded
 from service.engine.failures import ModelUnavailable
 from service.engine.history import HistoryUnavailable, UnknownSymbol
 from service.logs import REQUEST_ID, request_id
@@ -143,6 +143,7 @@ _TABLE: Final[Mapping[type[Exception], _Answer]] = {
     TooManyStreams: _Answer(503, "too_many_streams", retry_after=30),
     UnknownCalendar: _Answer(422, "unknown_calendar", "no calendar has this name"),
     Overloaded: _Answer(503, "overloaded"),
+    OutOfMemory: _Answer(503, "out_of_memory", retry_after=2),
     EngineStopped: _Answer(503, "not_ready", retry_after=2),
     HistoryUnavailable: _Answer(503, "history_unavailable", retry_after=2),
     RedisError: _Answer(503, "history_unavailable", "Redis does not answer", 2),
@@ -173,6 +174,7 @@ NEXT_STEPS: Final[Mapping[str, str]] = {
     "unknown_calendar": "Use 24/7, 24/5, auto or an exchange such as XNYS.",
     "unknown_weights": "GET /models/{name}/weights lists them.",
     "overloaded": "Try again after Retry-After seconds.",
+    "out_of_memory": "Try again after Retry-After seconds, or ask for fewer samples, candles or steps.",
     "not_ready": "Try again after Retry-After seconds.",
     "draining": "Connect anew: another process answers where there are several.",
     "history_unavailable": "Send the candles in the body: that needs no stored history.",

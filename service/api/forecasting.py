@@ -99,7 +99,7 @@ async def found_for(asked: Asked, may_share: bool, parts: Services, deadline: fl
     if not may_share:
         computed, _ = await parts.engine.submit(asked.model, asked.item, deadline)
         _note(asked, computed, parts)
-        return Found(lasting_part(asked, computed), "bypass", computed.timings)
+        return Found(lasting_part(asked, computed), "bypass", computed.timings, computed.degraded)
     if asked.model.settled and (kept := await parts.cache.get(key, asked.issued_at)):
         return Found(kept, "hit")
     computed, shared = await parts.engine.submit(asked.model, asked.item, deadline, key)
@@ -107,7 +107,7 @@ async def found_for(asked: Asked, may_share: bool, parts: Services, deadline: fl
     if asked.model.settled:
         parts.cache.put(key, kept, asked.issued_at)
     _note(asked, computed, parts)  # again changes nothing: the first who asked may have left
-    return Found(kept, "coalesced" if shared else "miss", computed.timings)
+    return Found(kept, "coalesced" if shared else "miss", computed.timings, computed.degraded)
 
 
 def _note(asked: Asked, computed: Computed, parts: Services) -> None:

@@ -126,8 +126,8 @@ def answer(found: Found, facts: Facts, issued_at: int, started: float, parts: Se
     parts.metrics.cache_requests.labels(found.cache).inc()
     timings = {**vars(found.stages), "total": 1e3 * total}
     headers = {"Server-Timing": ", ".join(f"{stage};dur={value:.3f}" for stage, value in timings.items())}
-    if facts.degraded:
-        headers["Candlecast-Degraded"] = ", ".join(facts.degraded)
+    if degraded := (*facts.degraded, *found.degraded):
+        headers["Candlecast-Degraded"] = ", ".join(degraded)
     return Response(
         whole_answer(found, facts, issued_at, TimingsMs(**timings)),
         media_type="application/json",

@@ -186,8 +186,9 @@ class Meta(_Answer):
     batch_rows: int
     degraded: list[str] = Field(
         description="What was out of order, as in the header Candlecast-Degraded: `ledger`, which cannot be written"
-        " now and notes the forecast later; `runtime`, which is not yet the model's own; `stale`, in what was"
-        " computed before it was asked for: candles or time have passed this forecast, and the next one is not there."
+        " now and notes the forecast later; `runtime`, which is not yet the model's own; `memory`, which ran out, so"
+        " that the same numbers come from a smaller batch; `stale`, in what was computed before it was asked for:"
+        " candles or time have passed this forecast, and the next one is not there."
     )
     timings_ms: TimingsMs
 

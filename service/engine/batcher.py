@@ -7,6 +7,7 @@ import time
 from collections.abc import Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from models.forecaster import Forecast, ForecastInput, Row, pad_rows
 from service.engine.costs import Costs
@@ -19,6 +20,13 @@ class Overloaded(RuntimeError):
     def __init__(self, detail: str, drain_seconds: float) -> None:
         super().__init__(detail)
         self.retry_after = max(1, math.ceil(drain_seconds))
+
+
+class OutOfMemory(RuntimeError):
+    """Memory ran out under a batch, and under a smaller one that was tried instead."""
+
+    def __init__(self) -> None:
+        super().__init__("there is not enough memory for this forecast now")
 
 
 class DeadlineExceeded(RuntimeError):
@@ -46,6 +54,13 @@ class Timings:
     finish: float = 0.0
 
 
+class Retry(NamedTuple):
+    """Why and how a row whose batch failed is computed once more: in a batch of rows that are, no larger than this."""
+
+    reason: str  # of RELEASES
+    rows: int
+
+
 @dataclass(frozen=True)
 class MemberForecast:
     """What a member of an ensemble forecast, and of what."""
@@ -62,6 +77,7 @@ class Computed:
     forecast: Forecast
     batch_rows: int
     timings: Timings
+    degraded: tuple[str, ...] = ()
     members: tuple[MemberForecast, ...] = ()  # of an ensemble
 
 
@@ -77,7 +93,7 @@ class Job:
     bucket: Hashable = None
     waiters: int = 0
     encoded: Future[Row] | None = None
-    alone: bool = False  # its batch held a row without a forecast
+    retry: Retry | None = None
     enqueued: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
@@ -145,13 +161,13 @@ class Batcher:
             self._waiting.setdefault(job.bucket, []).append(job)
             self._changed.notify()
 
-    def put_back(self, jobs: list[Job]) -> bool:
-        """Queue each of `jobs` for a batch of its own; False once closed."""
+    def put_back(self, jobs: list[Job], retry: Retry) -> bool:
+        """Queue `jobs` again, for batches of their own; False once closed."""
         with self._changed:
             if self._closed:
                 return False
             for job in jobs:
-                job.alone = True
+                job.retry = retry
                 self._waiting.setdefault(job.bucket, []).append(job)
             self._changed.notify()
             return True
@@ -210,13 +226,13 @@ class Batcher:
         bucket = min(self._waiting, key=lambda key: min(job.deadline for job in self._waiting[key]))
         several = len(self._waiting) > 1
         waiting = sorted(self._waiting.pop(bucket), key=lambda job: job.deadline)
-        rows = self._rows_of(waiting[0])
-        alone = waiting[0].alone
-        jobs = waiting[:1] if alone else [job for job in waiting if not job.alone][:rows]
+        retry = waiting[0].retry
+        rows = retry.rows if retry else self._rows_of(waiting[0])
+        jobs = [job for job in waiting if job.retry == retry][:rows]
         if left := [job for job in waiting if job not in jobs]:
             self._waiting[bucket] = left
-        if alone:
-            return Bound(jobs, "alone")
+        if retry:
+            return Bound(jobs, retry.reason)
         if len(jobs) == rows:
             return Bound(jobs, "full")
         return Bound(jobs, "idle" if idle else "oldest_deadline" if several else "freed")

@@ -6,6 +6,7 @@ import itertools
 import logging
 import threading
 import time
+import traceback
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import torch
 
 from models.ensemble import EnsembleForecaster
 from models.forecaster import Abandoned, Batch, Forecast, ForecastInput, InvalidModelOutput, Raw, pad_rows
+from models.layers import ran_out_of_memory
 from models.probes import probe, usual_contexts
 from service.engine.batcher import (
     Batcher,
@@ -23,7 +25,9 @@ from service.engine.batcher import (
     EngineStopped,
     Job,
     MemberForecast,
+    OutOfMemory,
     Overloaded,
+    Retry,
     Timings,
 )
 from service.engine.cache import forecast_key
@@ -151,7 +155,8 @@ class Engine:
         last = max(answers, key=lambda each: sum(vars(each.timings).values()))  # they run one after the other
         blend = ensemble.combined([each.forecast for each in answers])
         members = tuple(MemberForecast(*pair, each.forecast) for pair, each in zip(asked, answers, strict=True))
-        return Computed(blend, last.batch_rows, last.timings, members), all(shared for _, shared in found)
+        degraded = tuple({reason for each in answers for reason in each.degraded})
+        return Computed(blend, last.batch_rows, last.timings, degraded, members), all(shared for _, shared in found)
 
     async def rehearse(self, model: LoadedModel, seconds: float) -> None:
         """Compute a usual request of every bucket, each within so many seconds; raises what a caller would get."""
@@ -230,21 +235,36 @@ class Engine:
             self._fail(running, error)
 
     def _fail(self, running: _Running, error: Exception) -> None:
-        """Every row fails with the error; rows beside one without a forecast are computed alone, to the same bits."""
+        """Every row fails with the error, unless it has another chance, with the same bits: alone, where one of several
+        gave no forecast; once in a smaller batch, where memory ran out.
+        """
         jobs, name = running.jobs, running.model.name
         if isinstance(error, Abandoned):
             self._metrics.batches_abandoned.labels(name).inc()
             self._batcher.record(jobs[0].bucket, pad_rows(len(jobs)), running.seconds(), ended=False)
-        elif isinstance(error, InvalidModelOutput):
-            _log.error("a batch of %d for %s: %s", len(jobs), name, error)
-            if len(jobs) > 1 and self._batcher.put_back(jobs):
-                self._running.discard(running)
-                return
+            self._deliver(running, [error] * len(jobs))
+            return
+        reason = _reason(error)
+        self._metrics.inference_failures.labels(name, reason).inc()
+        trace = error if reason == "error" else None  # the others say all there is
+        _log.error("a batch of %d for %s failed: %r", len(jobs), name, error, exc_info=trace)
+        if reason == "out_of_memory":
+            _let_go(error)
+            error = OutOfMemory()
+        if not self._put_back(running, reason):
+            self._deliver(running, [error] * len(jobs))
+
+    def _put_back(self, running: _Running, reason: str) -> bool:
+        """Whether the rows of a batch that failed are tried once more."""
+        jobs = running.jobs
+        if reason == "invalid_output" and len(jobs) > 1:
+            retry = Retry("alone", 1)
+        elif reason == "out_of_memory" and not jobs[0].retry:
+            retry = Retry("memory", (len(jobs) + 1) // 2)
         else:
-            _log.error("a batch of %d for %s failed", len(jobs), name, exc_info=error)
-        if not isinstance(error, Abandoned):
-            self._metrics.inference_failures.labels(name, _reason(error)).inc()
-        self._deliver(running, [error] * len(jobs))
+            return False
+        self._running.discard(running)
+        return self._batcher.put_back(jobs, retry)
 
     def _note(self, running: _Running, batch: Batch) -> None:
         name, jobs = running.model.name, running.jobs
@@ -260,7 +280,8 @@ class Engine:
         seconds = [end - begin for begin, end in itertools.pairwise([job.enqueued, *running.marks])]
         for stage, value in zip(("queue", "batch", "prepare", "run", "finish"), seconds, strict=True):
             self._metrics.stage_seconds.labels(job.model.name, stage).observe(value)
-        return Computed(forecast, len(running.jobs), Timings(*(1e3 * value for value in seconds)))
+        degraded = ("memory",) if job.retry and job.retry.reason == "memory" else ()
+        return Computed(forecast, len(running.jobs), Timings(*(1e3 * value for value in seconds)), degraded)
 
     def _deliver(self, running: _Running, outcomes: list[Outcome]) -> None:
         self._running.discard(running)
@@ -272,7 +293,14 @@ def _reason(error: Exception) -> str:
     """Of FAILURES."""
     if isinstance(error, InvalidModelOutput):
         return "invalid_output"
-    return "out_of_memory" if isinstance(error, (MemoryError, torch.OutOfMemoryError)) else "error"
+    return "out_of_memory" if ran_out_of_memory(error) else "error"
+
+
+def _let_go(error: Exception) -> None:
+    """Free what the batch held that ended with `error`, which would keep it through its frames."""
+    traceback.clear_frames(error.__traceback__)
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 async def _wait(job: Job, deadline: float) -> Computed:

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import torch
 from fastapi import FastAPI
 
 from model_store.manifest import Manifest
@@ -50,6 +51,7 @@ class Faulty(NaiveForecaster):
         self.failure: BaseException | None = None
         self.spoil = False
         self.guilty: int | None = None
+        self.fits = 1000  # rows
         self.batches: list[list[int]] = []
 
     def bucket(self, item: ForecastInput) -> Hashable:
@@ -69,6 +71,8 @@ class Faulty(NaiveForecaster):
         failure, self.failure = self.failure, None
         if failure:
             raise failure
+        if len(batch.inputs) > self.fits:
+            raise torch.OutOfMemoryError
         return {}
 
     def finish(self, raw: Raw, batch: Batch) -> list[Forecast]:

@@ -9,7 +9,7 @@ import pytest
 
 from model_store.manifest import Manifest
 from models.forecaster import ForecastInput
-from service.engine.batcher import Batcher, Bound, DeadlineExceeded, EngineStopped, Job, Overloaded
+from service.engine.batcher import Batcher, Bound, DeadlineExceeded, EngineStopped, Job, Overloaded, Retry
 from service.engine.registry import Beside, LoadedModel
 from tests.service.conftest import Faulty, PutNaive
 
@@ -61,7 +61,7 @@ async def test_jobs_put_back_are_computed_alone(job: MakeJob) -> None:
     first, second, other = job(1), job(2), job(3)
     batcher.put(first)
     batcher.put(second)
-    assert batcher.put_back(take(batcher).jobs)
+    assert batcher.put_back(take(batcher).jobs, Retry("alone", 1))
     batcher.put(other)
     assert [take(batcher) for _ in range(3)] == [
         Bound([first], "alone"),
@@ -145,7 +145,7 @@ async def test_a_closed_batcher_takes_and_gives_nothing(job: MakeJob) -> None:
     batcher.put(waiting)
     assert batcher.close() == [waiting]
     assert batcher.take() is None
-    assert not batcher.put_back([waiting])
+    assert not batcher.put_back([waiting], Retry("alone", 1))
     with pytest.raises(EngineStopped):
         batcher.put(job())
 

@@ -187,12 +187,17 @@ async def test_a_failing_batch_fails_its_requests_and_nothing_else(
 async def test_a_forecast_that_is_not_finite_never_leaves(
     running: Any, rows: Any, faulty: Any, faulty_build: Any
 ) -> None:
-    async with running(build=faulty_build) as (client, _):
+    async with running(build=faulty_build) as (client, app):
         faulty.spoil = True
-        answer = await ask(client, rows)
-    assert answer.status_code == 500
-    assert answer.json()["code"] == "model_output_invalid"
-    assert "NaN" not in answer.text
+        answer = await ask(client, rows, seed=1)
+        assert (answer.status_code, answer.json()["code"]) == (500, "model_output_invalid")
+        assert "NaN" not in answer.text
+        faulty.spoil = False
+        again = await ask(client, rows, seed=1)
+        assert (again.status_code, again.json()["meta"]["cache"]) == (200, "miss")
+        parts = app.state.services
+        await parts.register.flush()
+        assert len(list(await parts.ledger.steps("BTC", "1h", parts.now()))) == NAIVE["horizon"]
 
 
 async def test_one_row_without_a_forecast_fails_no_other(
@@ -209,6 +214,48 @@ async def test_one_row_without_a_forecast_fails_no_other(
         assert answers[2].json()["code"] == "model_output_invalid"
         assert [answer.json()["meta"]["batch_rows"] for answer in (answers[1], answers[3])] == [1, 1]
         assert (await ask(client, rows, seed=4)).status_code == 200
+
+
+async def batch_of(client: Any, app: Any, rows: Any, faulty: Any, count: int) -> list[Any]:
+    """Answers to so many requests that wait while another, with the seed 0, is computed."""
+    first = await held(client, rows, faulty)
+    others = [ask(client, rows, seed=seed) for seed in range(1, count + 1)]
+    await until(lambda: waiting(app) == count)
+    faulty.open.set()
+    return (await asyncio.gather(first, *others))[1:]
+
+
+async def test_rows_that_do_not_fit_into_memory_are_computed_in_smaller_batches(
+    running: Any, rows: Any, faulty: Any, faulty_build: Any
+) -> None:
+    async with running(build=faulty_build, cache_bytes=0) as (client, app):
+        whole = await batch_of(client, app, rows, faulty, 7)
+        faulty.fits = 4
+        halves = await batch_of(client, app, rows, faulty, 7)
+        assert [len(batch) for batch in faulty.batches] == [1, 7, 1, 7, 4, 3]
+        for one, other in zip(whole, halves, strict=True):
+            assert one.json()["forecast"] == other.json()["forecast"]
+            assert other.json()["meta"]["degraded"] == ["memory"]
+            assert other.headers["candlecast-degraded"] == "memory"
+        assert counted(app, "inference_failures_total", model="naive", reason="out_of_memory") == 1
+        assert counted(app, "batch_released_total", model="naive", reason="memory") == 2
+
+
+async def test_what_does_not_fit_in_a_smaller_batch_either_is_refused_and_the_next_request_is_whole(
+    running: Any, rows: Any, faulty: Any, faulty_build: Any
+) -> None:
+    async with running(build=faulty_build, cache_bytes=0) as (client, app):
+        faulty.fits = 1
+        for answer in await batch_of(client, app, rows, faulty, 7):
+            assert (answer.status_code, answer.json()["code"]) == (503, "out_of_memory")
+            assert answer.headers["retry-after"] == "2"
+        faulty.fits = 1000
+        for answer in await batch_of(client, app, rows, faulty, 7):
+            assert answer.status_code == 200
+            assert (answer.json()["meta"]["batch_rows"], answer.json()["meta"]["degraded"]) == (7, [])
+        faulty.fits = 0
+        assert (await ask(client, rows, seed=9)).json()["code"] == "out_of_memory"
+        assert (await client.get("/livez")).status_code == 200
 
 
 async def test_a_timeout_inside_the_model_is_no_deadline(

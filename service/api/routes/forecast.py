@@ -61,7 +61,7 @@ async def _answer(
         raise
     await parts.access.charge(caller, asked.cost, parts.quotas)
     found = await found_for(asked, request.cache == "use", parts, deadline)
-    noted.outcome = "degraded" if asked.degraded else "ok"
+    noted.outcome = "degraded" if asked.degraded or found.degraded else "ok"
     if digest and found.cache != "bypass":
         remember(digest, asked, found.kept, parts)
     return answer(found, asked.facts, asked.issued_at, started, parts)

@@ -24,13 +24,14 @@ class Connection:
     async def post(self, path: str, body: bytes) -> Answer:
         """The answer to a POST of JSON; ConnectionError if the connection breaks before it is whole."""
         head = b"POST %b HTTP/1.1\r\nHost: %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-        return await self._exchange(head % (path.encode(), self._host.encode(), len(body)) + body)
+        return await self.send(head % (path.encode(), self._host.encode(), len(body)) + body)
 
     async def get(self, path: str) -> Answer:
         """The answer to a GET, likewise."""
-        return await self._exchange(b"GET %b HTTP/1.1\r\nHost: %b\r\n\r\n" % (path.encode(), self._host.encode()))
+        return await self.send(b"GET %b HTTP/1.1\r\nHost: %b\r\n\r\n" % (path.encode(), self._host.encode()))
 
-    async def _exchange(self, request: bytes) -> Answer:
+    async def send(self, request: bytes) -> Answer:
+        """The answer to a whole request, sent as it is; likewise."""
         if self._socket is None or self._socket.closed:
             _, self._socket = await asyncio.get_running_loop().create_connection(_Socket, self._host, self._port)
         return await self._socket.exchange(request)

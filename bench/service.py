@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +23,7 @@ from models.families import build_forecaster
 
 _WARM_UP_SECONDS: Final = 300.0
 _SYMBOL: Final = "BENCH"
+_SERVE: Final = ("-m", "candlecast", "serve", "--json")
 WATCHED: Final = "WATCHED"  # on the watch list, where it costs the others next to nothing until candles are stored
 
 
@@ -31,8 +34,19 @@ class Service:
     url: str
     ready_seconds: float  # from the start of the process until it listens
     client: LoadClient
-    process: int  # its id
+    program: subprocess.Popen[str]
     admin_url: str
+
+    @property
+    def process(self) -> int:
+        """Its id."""
+        return self.program.pid
+
+    def end(self, by: signal.Signals = signal.SIGTERM) -> tuple[int, float]:
+        """Its exit status, and how many seconds it took to end."""
+        begun = time.monotonic()
+        self.program.send_signal(by)
+        return self.program.wait(_WARM_UP_SECONDS), time.monotonic() - begun
 
     def forecast_url(self, symbol: str = _SYMBOL) -> str:
         return f"{self.url}/forecast/{symbol}"
@@ -71,13 +85,17 @@ class Service:
         end = time.monotonic() + _WARM_UP_SECONDS
         while True:
             answer: dict[str, Any] = json.loads(self.ask(body, seed=time.monotonic_ns() % 2**40))
-            models = json.loads(self._send("GET", f"{self.url}/models"))["models"]
+            models = json.loads(self.get("/models"))["models"]
             unsettled = [model["name"] for model in models if model["loaded"] and not model["runtime"]["settled"]]
             if not answer["meta"]["degraded"] and not unsettled:
                 return answer
             if time.monotonic() > end:
                 raise ServerFailed(f"after its warm-up: degraded {answer['meta']['degraded']}, unsettled {unsettled}")
             time.sleep(0.2)
+
+    def get(self, path: str) -> bytes:
+        """What lies at a path of the callers' port."""
+        return self._send("GET", self.url + path)
 
     def _send(self, method: str, url: str, body: bytes | None = None) -> bytes:
         asked = Request(url, body, {"Content-Type": "application/json"}, method=method)
@@ -87,8 +105,10 @@ class Service:
 
 
 @contextlib.contextmanager
-def start_service(store: ModelStore, home: Path, settings: Mapping[str, str]) -> Iterator[Service]:
-    """`candlecast serve --json` on free ports, its files under `home`."""
+def start_service(
+    store: ModelStore, home: Path, settings: Mapping[str, str], program: Sequence[str] = _SERVE
+) -> Iterator[Service]:
+    """`candlecast serve --json`, or a Python program that says as much, on free ports, its files under `home`."""
     home.mkdir(parents=True, exist_ok=True)
     environment = {
         "CANDLECAST_HOME": str(home),
@@ -100,14 +120,14 @@ def start_service(store: ModelStore, home: Path, settings: Mapping[str, str]) ->
     }
     log = home / "service.log"
     started = time.monotonic()
-    with server([sys.executable, "-m", "candlecast", "serve", "--json"], log, environment) as process:
+    with server([sys.executable, *program], log, environment) as process:
         assert process.stdout is not None
         line = process.stdout.readline()
         ready = time.monotonic() - started
         if not line:
             raise ServerFailed(f"the service ended before it was ready: {log.read_text()[-500:]}")
         at = json.loads(line)
-        yield Service(at["url"], ready, LoadClient(home), process.pid, at["admin_url"])
+        yield Service(at["url"], ready, LoadClient(home), process, at["admin_url"])
 
 
 @contextlib.contextmanager

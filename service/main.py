@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import gc
+import logging
+import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -17,6 +19,8 @@ from service.listening import Listening, reachable
 from service.services import Services
 from service.settings import Settings
 from service.state import StateError
+
+_log = logging.getLogger(__name__)
 
 _BACKLOG: Final = 2048
 _GARBAGE: Final = 50_000, 20, 50  # 512 candles are as many lists, and by the default one request meets two collections
@@ -72,6 +76,10 @@ async def _serve(
             await asyncio.gather(*tasks)
     except StateError as error:
         raise ServeError(str(error)) from error
+    if services.registry.left_behind:
+        _log.warning("not waited for: %s", ", ".join(services.registry.left_behind))
+        logging.shutdown()
+        os._exit(0)  # the interpreter would wait for their threads
 
 
 def _server(app: object, settings: Settings, lifespan: str) -> _Server:
@@ -85,32 +93,41 @@ def _server(app: object, settings: Settings, lifespan: str) -> _Server:
         access_log=False,
         server_header=False,
         proxy_headers=False,  # nothing here asks who called
+        timeout_keep_alive=settings.keep_alive_seconds,
         timeout_graceful_shutdown=settings.shutdown_seconds,
     )
     return _Server(config)
 
 
 def _on_signal(servers: list[_Server], services: Services, drain_seconds: float) -> None:
-    """The first signal drains, the next ends the wait of `drain_seconds`, and one after that ends open requests."""
+    """SIGTERM drains, and again it changes nothing; the next Ctrl-C ends the wait, and one after that open requests."""
     loop = asyncio.get_running_loop()
 
-    def on_signal() -> None:
+    def on_terminate() -> None:
+        if services.draining:
+            return
+        if services.started and drain_seconds:
+            services.draining = True
+            loop.call_later(drain_seconds, stop)
+        else:
+            stop()
+
+    def on_interrupt() -> None:
         if any(server.should_exit for server in servers):
             for server in servers:
                 server.force_exit = True
-        elif services.draining or not (services.started and drain_seconds):
+        elif services.draining:
             stop()
         else:
-            services.draining = True
-            loop.call_later(drain_seconds, stop)
+            on_terminate()
 
     def stop() -> None:
         for server in servers:
             server.should_exit = True
         services.drain()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_signal)
+    loop.add_signal_handler(signal.SIGTERM, on_terminate)
+    loop.add_signal_handler(signal.SIGINT, on_interrupt)
 
 
 def _listen(host: str, port: int, variable: str) -> socket.socket:

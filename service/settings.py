@@ -109,6 +109,9 @@ class Settings(BaseSettings):
     client_seconds: PositiveFloat = Field(
         30, description="Longest wait for a caller: for the whole of a request, or to take more of its answer."
     )
+    keep_alive_seconds: PositiveInt = Field(
+        75, description="How long a connection may lie idle. A balancer must close its own sooner, or loses requests."
+    )
     request_timeout_ms: PositiveInt = Field(20_000, description="Deadline of a request that names none.")
     drain_seconds: float = Field(
         0, ge=0, le=3600, description="After SIGTERM /readyz answers 503, and all else goes on for so long."

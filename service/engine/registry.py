@@ -34,6 +34,7 @@ _log = logging.getLogger(__name__)
 ADAPTED: Final = "adapter"  # the runtime of a version that is computed as an adapter of another one in memory
 
 _LOOK_SECONDS: Final = 0.25
+_STOP_SECONDS: Final = 2.0
 
 Build = Callable[[LoadedVersion, str], Forecaster]  # of a stored version, on a device
 Key = tuple[str, str]  # name of a model, alias
@@ -148,6 +149,7 @@ class Registry:
         self._leaving = Leaving()
         self.failures = Failures(metrics)
         self._noted: set[str] = set()
+        self.left_behind: list[str] = []  # loads whose threads go on after a stop
         metrics.registry.register(Snapshot(self._as_metrics))
         metrics.model_memory.labels("held").set_function(lambda: self.bytes)
         for name in nicknames.values():
@@ -271,13 +273,18 @@ class Registry:
             await asyncio.wait(tasks)
 
     async def stop(self) -> None:
-        """Wait for what is being loaded and settled: its thread cannot be interrupted."""
+        """Wait a moment for what is being loaded and settled; a thread cannot be interrupted, only `left_behind`."""
         swaps = list(self._swaps.values())
         for swap in swaps:
             swap.cancel()
         await asyncio.gather(*swaps, return_exceptions=True)
-        while tasks := self._under_way():
-            await asyncio.wait(tasks)
+        until = time.monotonic() + _STOP_SECONDS
+        while (tasks := self._under_way()) and (left := until - time.monotonic()) > 0:
+            await asyncio.wait(tasks, timeout=left)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self.left_behind = [task.get_name() for task in tasks]
 
     def _under_way(self) -> list[asyncio.Task[None]]:
         return [task for held in self._held.values() for task in (held.load, held.settling) if task]

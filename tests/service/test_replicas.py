@@ -1,4 +1,4 @@
-"""Two processes on one Redis are one service: what one knows the other knows, and each may be replaced under load.
+"""Two processes on one Redis are one service: what one knows the other knows, and each may be replaced or killed.
 
 Real processes, real networks, a real Redis; only the clock is the test's own, a file that every process reads.
 """
@@ -7,7 +7,9 @@ import asyncio
 import contextlib
 import itertools
 import json
+import math
 import os
+import random
 import re
 import signal
 import sys
@@ -22,10 +24,16 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry
 
-from bench.connection import Connection
+from bench.death import DRAIN_SECONDS, roll
 from model_store.store import ModelStore
-from service.state import PrivateRedis, connect
+from service.engine.revisions import series_stem
+from service.metrics import Metrics
+from service.score.ledger import _ENTRY, Ledger
+from service.state import PrivateRedis, State, connect, raw
+from tests.service.conftest import put_version_without_weights
+from tests.service.score.test_ledger import Oracle, Step, sums_of
 
 pytestmark = pytest.mark.anyio
 
@@ -36,10 +44,11 @@ STEPS = 4
 TOTO = {"model": "toto", "horizon": STEPS}
 KRONOS = {"model": "kronos", "horizon": STEPS, "samples": 4, "seed": 7}
 PATIENCE = 30.0  # for machines with other things to do
-DRAIN_SECONDS = 4
-CALLERS = 6
-FEWEST_REQUESTS = 500
 ROUNDS = 6
+CANDLE_EVERY = 6  # forecasts
+KILLED_STEPS = 12  # so many that none is noted too late for all of its candles
+LEVELS = ("0.1", "0.5", "0.9")
+CANCELLED = 'candlecast_forecast_requests_total{model="kronos-demo",outcome="cancelled"}'
 PROGRAM = """
 import json, sys
 from functools import partial
@@ -60,7 +69,8 @@ main.serve(Settings(), lambda at: print(json.dumps({"url": at.url, "admin_url": 
 class Replica:
     """One process, with a client for each of its ports."""
 
-    def __init__(self, process: asyncio.subprocess.Process, url: str, admin_url: str) -> None:
+    def __init__(self, home: Path, process: asyncio.subprocess.Process, url: str, admin_url: str) -> None:
+        self.home = home
         self.process = process
         self.client = httpx.AsyncClient(base_url=url, timeout=PATIENCE)
         self._admin = httpx.AsyncClient(base_url=admin_url, timeout=PATIENCE)
@@ -106,16 +116,24 @@ class Site:
     store: ModelStore
     numbers: Iterator[int] = field(default_factory=itertools.count)
     replicas: list[Replica] = field(default_factory=list)
+    now: int = 0
 
     def set_clock(self, now: int) -> None:
         """It is `now` for all of them, UTC ms."""
+        self.now = now
         written = self.folder / "written"
         written.write_text(str(now))
         written.replace(self.folder / "clock")
 
     async def start_replica(self) -> Replica:
+        replica = await self.start_in(self.folder / f"home-{next(self.numbers)}")
+        self.replicas.append(replica)
+        return replica
+
+    async def start_in(self, home: Path) -> Replica:
+        """Not one of the site's yet; what it logs lies in its home."""
         settings = {
-            "CANDLECAST_HOME": str(self.folder / f"home-{next(self.numbers)}"),
+            "CANDLECAST_HOME": str(home),
             "CANDLECAST_STORE_ROOT": str(self.store.root),
             "CANDLECAST_REDIS_URL": self.redis_url,
             "CANDLECAST_PORT": "0",
@@ -123,17 +141,18 @@ class Site:
             "CANDLECAST_THREADS": "1",
             "CANDLECAST_DRAIN_SECONDS": str(DRAIN_SECONDS),
         }
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", PROGRAM, str(self.folder / "clock")),
-            env=os.environ | settings,
-            stdout=asyncio.subprocess.PIPE,
-        )
+        home.mkdir(exist_ok=True)
+        with (home / "log").open("w") as log:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-c", PROGRAM, str(self.folder / "clock")),
+                env=os.environ | settings,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=log,
+            )
         assert process.stdout
         line = await process.stdout.readline()
         assert line, "a replica ended before it was ready"
-        replica = Replica(process, **json.loads(line))
-        self.replicas.append(replica)
-        return replica
+        return Replica(home, process, **json.loads(line))
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +166,7 @@ async def site(tmp_path_factory: pytest.TempPathFactory, put_tiny: Any) -> Async
     store = ModelStore(folder / "store")
     for family in ("toto", "kronos"):
         put_tiny(store, family)
+    put_version_without_weights(store)
     url = f"unix://{folder / 'redis' / PrivateRedis.SOCKET}"
     async with AsyncExitStack() as stack:
         server, client = PrivateRedis(folder / "redis"), connect(url)
@@ -271,107 +291,176 @@ async def counted(site: Site, outcome: str) -> float:
     return sum([await replica.counted(series) for replica in site.replicas])
 
 
-class Balancer:
-    """Leads each new connection to the next replica whose /readyz answered 200 when it was last asked."""
-
-    def __init__(self) -> None:
-        self.ready: dict[int, bool] = {}  # by port
-        self._turn = itertools.count()
-
-    @contextlib.asynccontextmanager
-    async def listening(self) -> AsyncIterator[int]:
-        """Its port, for as long as the block lasts."""
-        server = await asyncio.start_server(self._lead, "127.0.0.1")
-        asking = asyncio.create_task(self._ask())
-        try:
-            yield server.sockets[0].getsockname()[1]
-        finally:
-            server.close()
-            asking.cancel()
-            await asyncio.wait({asking})
-
-    async def _ask(self) -> None:
-        while True:
-            for port in list(self.ready):
-                self.ready[port] = await _is_ready(port)
-            await asyncio.sleep(0.1)
-
-    async def _lead(self, client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
-        ready = [port for port, ready in self.ready.items() if ready]
-        try:
-            replica, to_replica = await asyncio.open_connection("127.0.0.1", ready[next(self._turn) % len(ready)])
-        except (OSError, ZeroDivisionError):
-            to_client.close()
-            return
-        await asyncio.gather(_pass_on(client, to_replica), _pass_on(replica, to_client))
-
-
-async def _is_ready(port: int) -> bool:
-    connection = Connection("127.0.0.1", port)
-    try:
-        return (await connection.get("/readyz")).status == 200
-    except OSError:
-        return False
-    finally:
-        connection.close()
-
-
-async def _pass_on(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(OSError):
-        while data := await source.read(65_536):
-            sink.write(data)
-            await sink.drain()
-    with contextlib.suppress(OSError):
-        sink.close()
-        await sink.wait_closed()
-
-
 async def test_replicas_are_replaced_in_turn_under_load_without_a_failed_request(site: Site, candles: Any) -> None:
-    balancer, seen, enough = Balancer(), Counter[str](), asyncio.Event()
     old = list(site.replicas)
-    await old[0].put("ROLLING", candles[:FIRST])
-
-    async def in_rotation(replica: Replica) -> bool:
-        return balancer.ready[replica.port]
-
-    async def asked_enough() -> bool:
-        return seen.total() >= FEWEST_REQUESTS
-
-    async with balancer.listening() as port:
-        for replica in old:
-            balancer.ready[replica.port] = False
-            await until(in_rotation, replica)
-        seeds = itertools.count()
-        load = [asyncio.create_task(keep_asking(port, seeds, seen, enough)) for _ in range(CALLERS)]
-        for replica in old:
-            stopping = asyncio.create_task(replica.stop())
-            new = await site.start_replica()
-            balancer.ready[new.port] = False
-            await until(in_rotation, new)
-            assert await stopping == 0
-            del balancer.ready[replica.port]
-            site.replicas.remove(replica)
-        await until(asked_enough)
-        enough.set()
-        await asyncio.gather(*load)
-    assert set(seen) == {"200"}, seen
-    assert await site.replicas[0].counted('candlecast_http_requests_total{code="200",method="POST"') > 0
+    sent = {"model": "naive", "horizon": STEPS, "interval": "1h", "candles": candles[:FIRST], "seed": "@seed@"}
+    body = json.dumps(sent).encode()
+    rolled = await roll(old, site.start_replica, "/forecast/ROLLING", body)
+    assert rolled.failed == Counter()
+    assert len(rolled.records) >= 1000
+    assert rolled.exits == (0, 0)
+    for replica in old:
+        site.replicas.remove(replica)
+    for replica in site.replicas:
+        assert await replica.counted('candlecast_http_requests_total{code="200",method="POST"') > 0
 
 
-async def keep_asking(port: int, seeds: Iterator[int], seen: Counter[str], enough: asyncio.Event) -> None:
-    """One caller over one connection while it is kept alive: what must be computed, what is cached, what is stored."""
-    connection = Connection("127.0.0.1", port)
-    for turn in itertools.cycle(range(3)):
-        try:
-            if turn == 2:
-                answer = await connection.get("/candles/ROLLING")
-            else:
-                asked = TOTO if turn else KRONOS | {"seed": next(seeds)}
-                answer = await connection.post("/forecast/ROLLING", json.dumps(asked).encode())
-            seen[str(answer.status)] += 1
-        except OSError as error:
-            seen[type(error).__name__] += 1
-        if enough.is_set():
-            break
-        await asyncio.sleep(0.02)
-    connection.close()
+# -- SIGKILL -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Market:
+    """A series whose candles come while forecasts of it are asked for, and what was put and answered."""
+
+    site: Site
+    symbol: str
+    candles: list[list[float]]  # all that will come
+    stored: int = FIRST
+    asked: Iterator[int] = field(default_factory=itertools.count)
+    answers: dict[tuple[int, int], tuple[Replica, Any]] = field(default_factory=dict)  # by origin and context
+    down: Replica | None = None
+    over: bool = False
+
+    async def keep_asking(self, place: int) -> None:
+        """One caller: at a replica of its own, and where that was killed, at the other."""
+        while not self.over:
+            number = next(self.asked)
+            if number % CANDLE_EVERY == 0:
+                await self.put_next(place)
+            context = 24 + number % 40
+            sent = self.candles[self.stored - context : self.stored]
+            body = TOTO | {"horizon": KILLED_STEPS, "interval": "1h", "candles": sent}
+            replica, answer = await self.send(place, "POST", f"/forecast/{self.symbol}", body)
+            self.answers[int(sent[-1][0]), context] = replica, answer
+
+    async def put_next(self, place: int) -> None:
+        """The candle that closes now."""
+        self.stored += 1
+        self.site.set_clock(self.site.now + HOUR)
+        body = {"interval": "1h", "candles": [self.candles[self.stored - 1]]}
+        await self.send(place, "PUT", f"/candles/{self.symbol}", body)
+
+    async def send(self, place: int, method: str, path: str, body: Any) -> tuple[Replica, Any]:
+        """Who answered, and what; only one that was killed may fail to."""
+        for replica in (self.site.replicas[place], self.site.replicas[1 - place]):
+            try:
+                answer = await replica.client.request(method, path, json=body)
+            except httpx.TransportError:
+                assert replica is self.down
+                continue
+            assert answer.status_code == 200, answer.text
+            return replica, answer.json()
+        raise AssertionError("neither answers")
+
+    async def kill(self, place: int) -> None:
+        """SIGKILL to a replica, and its restart in the same home."""
+        killed = self.down = self.site.replicas[place]
+        killed.process.kill()
+        await killed.process.wait()
+        started = await self.site.start_in(killed.home)
+        await killed.stop()
+        self.site.replicas[place], self.down = started, None
+        assert (await started.client.get("/readyz")).json() == {"status": "ready", "degraded": []}
+
+    def from_survivors(self) -> set[tuple[int, int]]:
+        """The answers of the processes that still run."""
+        return {asked for asked, (replica, _) in self.answers.items() if replica in self.site.replicas}
+
+    async def noted(self, state: State) -> dict[tuple[bytes, int], tuple[tuple[int, int], Step]]:
+        """Every step in the ledger, by forecast and target, with the answer that it is of."""
+        found = {}
+        stem = series_stem(self.symbol, "1h")
+        models = {int(number): name.decode() for name, number in raw(await state.redis.hgetall(stem + "n")).items()}
+        for member in raw(await state.redis.zrange(stem + "o", 0, -1)):
+            for key, packed in raw(await state.redis.hgetall(f"{stem}t:{int(member)}")).items():
+                number, k, origin, naive, _, point, low, high, _, _, inverse, scale = _ENTRY.unpack(packed)
+                step = Step(models[number], k, origin, naive, point, low, high, inverse, scale)
+                found[key, int(member)] = self.answer_of(step), step
+        return found
+
+    def answer_of(self, step: Step) -> tuple[int, int]:
+        """The one answer that said what a step says."""
+        [asked] = [
+            (origin, context)
+            for (origin, context), (_, answer) in self.answers.items()
+            if origin == step.origin
+            and [step.low, step.point, step.high] == pytest.approx(said(answer, step), abs=1e-5)
+        ]
+        return asked
+
+
+def said(answer: Any, step: Step) -> list[float]:
+    """The band of a step of an answer, in logarithms relative to the last close."""
+    band = answer["quantiles"]["close"]
+    return [math.log(band[level][step.step - 1]) - step.naive for level in LEVELS]
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.long)])
+async def test_a_killed_replica_leaves_a_ledger_that_adds_up_and_another_that_answers(site: Site, kills: int) -> None:
+    closes = 100 * np.exp(np.cumsum(np.random.default_rng(kills).normal(0, 0.01, 5000)))
+    first, draw = site.now - FIRST * HOUR, random.Random(kills)
+    candles = [
+        [first + HOUR * k, close, close * 1.01, close * 0.99, close, 5.0] for k, close in enumerate(closes.tolist())
+    ]
+    market = Market(site, f"KILLED{kills}", candles)
+    await site.replicas[0].put(market.symbol, candles[:FIRST])
+    callers = [asyncio.create_task(market.keep_asking(place)) for place in (0, 1, 0, 1)]
+    for _ in range(kills):
+        asked = len(market.answers)
+        await until(has_answered, market, asked + CANDLE_EVERY)
+        await asyncio.sleep(draw.uniform(0, 0.2))
+        await market.kill(draw.randrange(2))
+    market.over = True
+    await asyncio.gather(*callers)
+    await market.put_next(0)
+    state = State(site.redis_url, site.folder, Metrics(CollectorRegistry()))
+    await until(all_noted, market, state)
+    noted = await market.noted(state)
+    assert max(Counter((asked, target) for (_, target), (asked, _) in noted.items()).values()) == 1
+    oracle = Oracle(HOUR, {int(row[0]): row[4] for row in candles[: market.stored]})
+    oracle.steps = {place: step for place, (_, step) in noted.items()}
+    assert await sums_of(Ledger(state, Metrics(CollectorRegistry())), market.symbol) == oracle.sums()
+    await state.stop()
+    for replica in site.replicas:
+        assert "ERROR" not in (replica.home / "log").read_text()
+
+
+async def has_answered(market: Market, count: int) -> bool:
+    return len(market.answers) >= count
+
+
+async def all_noted(market: Market, state: State) -> bool:
+    """What a process was killed with is lost; what a living one has answered never is."""
+    return market.from_survivors() <= {asked for asked, _ in (await market.noted(state)).values()}
+
+
+# -- callers who hang up -------------------------------------------------------------------------------
+
+
+async def test_a_thousand_callers_who_hang_up_leave_nothing_behind(site: Site, candles: Any) -> None:
+    replica, draw, symbols = site.replicas[0], random.Random(18), [f"GONE{number}" for number in range(5)]
+    for number, symbol in enumerate(symbols):
+        await replica.put(symbol, candles[number:FIRST])
+    expected = [await replica.get(f"/candles/{symbol}") for symbol in symbols]
+    before = await replica.counted(CANCELLED)
+
+    async def hang_up(number: int) -> None:
+        body = json.dumps(KRONOS | {"seed": number, "cache": "bypass"}).encode()
+        head = "POST /forecast/%s HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+        request = (head % (symbols[number % 5], len(body))).encode() + body
+        _, writer = await asyncio.open_connection("127.0.0.1", replica.port)
+        writer.write(request if number % 4 else request[:-5])
+        await asyncio.sleep(draw.uniform(0, 0.05))
+        writer.transport.abort()
+
+    for first in range(0, 1000, 50):
+        leaving = asyncio.gather(*(hang_up(number) for number in range(first, first + 50)))
+        assert await asyncio.gather(*(replica.get(f"/candles/{symbol}") for symbol in symbols)) == expected
+        await leaving
+
+    async def nobody_waits() -> bool:
+        return await replica.counted("candlecast_http_requests_in_flight") == 0
+
+    await until(nobody_waits)
+    assert await replica.counted(CANCELLED) > before
+    assert (await replica.forecast(symbols[0], KRONOS))["meta"]["seed"] == KRONOS["seed"]

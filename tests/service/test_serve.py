@@ -95,19 +95,21 @@ def test_an_open_request_is_finished_after_sigterm(process: Any, rows: Any) -> N
 
 
 @pytest.mark.parametrize("process", [{"CANDLECAST_DRAIN_SECONDS": "600"}], indirect=True)
-def test_a_drain_sends_callers_away_while_it_answers_and_a_second_signal_ends_it(process: Any, rows: Any) -> None:
+def test_a_drain_sends_callers_away_while_it_answers_until_it_is_interrupted(process: Any, rows: Any) -> None:
     at = listening(process)
     body = {"model": "naive", "interval": "1h", "candles": rows(), "horizon": 2}
-    with httpx.Client(base_url=at["url"]) as kept_alive:
+    with httpx.Client(base_url=at["url"], timeout=60) as kept_alive:
         assert "connection" not in kept_alive.get("/livez").headers
         process.send_signal(signal.SIGTERM)
-        while (ready := httpx.get(f"{at['url']}/readyz")).status_code == 200:
+        while (ready := httpx.get(f"{at['url']}/readyz", timeout=60)).status_code == 200:
             pass
         assert (ready.status_code, ready.json()["code"]) == (503, "draining")
+        process.send_signal(signal.SIGTERM)
+        threading.Event().wait(0.5)  # in which it would stop, if one more meant that
         answer = kept_alive.post("/forecast/BTC", json=body)
         assert (answer.status_code, answer.headers["connection"]) == (200, "close")
-        assert httpx.get(f"{at['url']}/livez").status_code == 200
-    process.send_signal(signal.SIGTERM)
+        assert httpx.get(f"{at['url']}/livez", timeout=60).status_code == 200
+    process.send_signal(signal.SIGINT)
     assert process.wait(20) == 0
 
 

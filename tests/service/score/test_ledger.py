@@ -179,16 +179,21 @@ class Pair:
         return await self.history.put(self.symbol, "1h", times, candles, CALENDAR)
 
     async def sums(self) -> dict[tuple[str, int, int], list[int]]:
-        """What Redis holds, as whole numbers."""
-        found = {}
-        for (model, group), blocks in (await self.ledger.blocks(self.symbol, "1h")).items():
-            for number, row in zip(blocks.numbers.tolist(), blocks.sums, strict=True):
-                whole = [float(row[name]) / (1 if name in COUNTS else UNIT) for name in SUMS.names or ()]
-                found[model, group, number] = [round(value) for value in whole]
-        return found
+        """What Redis holds."""
+        return await sums_of(self.ledger, self.symbol)
 
     async def assert_equal(self) -> None:
         assert await self.sums() == self.oracle.sums()
+
+
+async def sums_of(ledger: Ledger, symbol: str) -> dict[tuple[str, int, int], list[int]]:
+    """What the ledger holds of a symbol, as whole numbers."""
+    found = {}
+    for (model, group), blocks in (await ledger.blocks(symbol, "1h")).items():
+        for number, row in zip(blocks.numbers.tolist(), blocks.sums, strict=True):
+            whole = [float(row[name]) / (1 if name in COUNTS else UNIT) for name in SUMS.names or ()]
+            found[model, group, number] = [round(value) for value in whole]
+    return found
 
 
 def step_of(served: Served, k: int) -> Step:

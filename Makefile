@@ -37,7 +37,7 @@ bench-peers: .venv/.tested .venv-peers/.installed ## the service beside LitServe
 fuzz: .venv/.tested ## Schemathesis against both ports; FUZZ="--max-examples 5000 --seed 7"
 	$(BIN)/python -m bench.fuzz $(FUZZ)
 
-gates: .venv/.tested ## the wall-clock figures behind the promises under bad input, and the tests of the countable ones
+gates: .venv/.tested ## the wall-clock figures behind the promises under bad input, faults and endings, and the tests of the countable ones
 	$(BIN)/python -m bench.gates
 
 soak: .venv/.tested ## ten minutes at half load: memory, descriptors, threads, tasks, series, p99; SOAK="--seconds 3600"

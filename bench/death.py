@@ -108,7 +108,7 @@ class _Started:
         return (await asyncio.to_thread(self._service.end))[0]
 
 
-async def rolled(folder: Path) -> Rolled:
+async def roll_two(folder: Path) -> Rolled:
     """Two services on one Redis, each replaced once."""
     store = ModelStore(folder / "store")
     put_version(store, "naive", "naive", {"family": "naive"}, {})

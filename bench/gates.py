@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.connection import Connection
+from bench.death import DRAIN_SECONDS, ended_while_loading, restarted, roll_two
 from bench.fault_proxy import Fault, FaultProxy
 from bench.hostile import Hostile, corpus
 from bench.load import SEED
@@ -27,6 +28,8 @@ from service.state import PrivateRedis, connect
 
 _ROUNDS: Final = 5
 _FORECASTS: Final = 200  # at each fault
+_REPLICAS: Final = "tests/service/test_replicas.py"
+_SERVE: Final = "tests/service/test_serve.py"
 
 
 class Figure(NamedTuple):
@@ -121,9 +124,26 @@ async def _forecasts(connection: Connection) -> tuple[int, float]:
     return failed, statistics.quantiles(took, n=100)[-1]
 
 
+def endings(folder: Path) -> Sequence[Figure]:
+    """Services that are replaced under load, end while they load a model, and are killed."""
+    rolled = asyncio.run(roll_two(folder / "rolled"))
+    _, loading = ended_while_loading(folder / "loading")
+    again = max(restarted(folder / str(redis_too), redis_too=redis_too).seconds for redis_too in (False, True))
+    failed = Figure(f"replacing two services: failed of {len(rolled.records)}", rolled.failed.total(), "", 0, _REPLICAS)
+    return [
+        failed,
+        Figure(
+            f"SIGTERM under load to exit, {DRAIN_SECONDS} s of it the drain", max(rolled.seconds), "s", 25, _REPLICAS
+        ),
+        Figure("SIGTERM while a model is loaded to exit", loading, "s", 5, _SERVE),
+        Figure("start after SIGKILL to ready", again, "s", None, _SERVE),
+    ]
+
+
 GATES: Final[Mapping[str, Callable[[Path], Sequence[Figure]]]] = {
     "refusals": refusals,
     "redis-faults": redis_faults,
+    "endings": endings,
 }
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from bench.death import ended_while_loading, restarted
 from service.listening import reachable
 from service.main import ServeError, serve
 from service.settings import Settings
@@ -111,6 +112,18 @@ def test_a_drain_sends_callers_away_while_it_answers_until_it_is_interrupted(pro
         assert httpx.get(f"{at['url']}/livez", timeout=60).status_code == 200
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 0
+
+
+def test_sigterm_while_a_model_is_loaded_does_not_wait_for_it(tmp_path: Path) -> None:
+    status, _ = ended_while_loading(tmp_path)
+    assert status == 0
+
+
+@pytest.mark.parametrize("redis_too", [True, pytest.param(False, marks=pytest.mark.long)])
+def test_a_service_that_was_killed_starts_again_with_what_it_had(tmp_path: Path, redis_too: bool) -> None:
+    found = restarted(tmp_path, redis_too=redis_too)
+    assert found.after == found.before
+    assert "ERROR" not in found.log
 
 
 def test_a_taken_port_says_which_variable_to_set(tmp_path: Path) -> None:

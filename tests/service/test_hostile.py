@@ -24,7 +24,11 @@ PUT = POST.replace(b"POST /forecast", b"PUT /candles")
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    settings = {"CANDLECAST_CLIENT_SECONDS": str(SECONDS), "CANDLECAST_WATCH": "BTC-USDT:naive:3"}
+    settings = {
+        "CANDLECAST_CLIENT_SECONDS": str(SECONDS),
+        "CANDLECAST_KEEP_ALIVE_SECONDS": "1",
+        "CANDLECAST_WATCH": "BTC-USDT:naive:3",
+    }
     with start_naive_service(tmp_path_factory.mktemp("hostile"), settings) as service:
         yield service
         assert httpx.get(f"{service.url}/livez", timeout=PATIENCE).status_code == 200
@@ -109,6 +113,10 @@ def test_a_length_that_lies_reaches_no_other_request(service: Service) -> None:
     assert shorter.startswith(b"HTTP/1.1 400")
     assert shorter.count(b"HTTP/1.1") == 1
     assert answered(service, POST + b"Content-Length: 99\r\n\r\n{}") == b""
+
+
+def test_a_connection_that_lies_idle_is_closed(service: Service) -> None:
+    assert answered(service, GET + b"\r\n").startswith(b"HTTP/1.1 200")
 
 
 PATHS = (

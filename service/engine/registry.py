@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 ADAPTED: Final = "adapter"  # the runtime of a version that is computed as an adapter of another one in memory
 
 _LOOK_SECONDS: Final = 0.25
-_STOP_SECONDS: Final = 2.0
+_STOP_SECONDS: Final = 1.0
 
 Build = Callable[[LoadedVersion, str], Forecaster]  # of a stored version, on a device
 Key = tuple[str, str]  # name of a model, alias

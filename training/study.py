@@ -115,10 +115,8 @@ class Study:
         """
         started = time.monotonic()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        windows = {"search": self._origins(late=False), "decision": self._origins(late=True)}
-        facts = {name: outcomes(self.prepared.series, origins) for name, origins in windows.items()}
+        windows, facts = self.windows()
         horizon = facts["decision"].horizon
-        check_decidable(facts["decision"].positions, horizon)
         with run_folder(self.home / "tune", self.recipe, self._digest()) as folder:
             job = Job(
                 recipe=self.recipe,
@@ -148,6 +146,13 @@ class Study:
             tuned = Tuned(self.name, found, manifest, report, time.monotonic() - started)
             report.write_text(search_page(tuned.sentence, found, self.space, facts), encoding="utf-8")
         return tuned
+
+    def windows(self) -> tuple[dict[str, Origins], dict[str, Outcomes]]:
+        """Those of the search and of the decision, and what came of them; ValueError where they decide nothing."""
+        windows = {"search": self._origins(late=False), "decision": self._origins(late=True)}
+        facts = {name: outcomes(self.prepared.series, origins) for name, origins in windows.items()}
+        check_decidable(facts["decision"].positions, facts["decision"].horizon)
+        return windows, facts
 
     def _published(
         self,

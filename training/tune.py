@@ -91,7 +91,7 @@ def tune_version(
     The windows are those of the version's own recipe, on `folder`'s candles if given; of a version that has none,
     the quick preset's. By symbol, each has a search and a child of its own, and their tests share the 5 % that may
     be wrong. What was `imported`, of the symbol where there is one, is tried first, and `warn` is told what of it
-    cannot be. ValueError where the val part is too short.
+    cannot be, and which symbols have too few candles. ValueError where the val part is too short for any search.
     """
     version = store.load(reference)
     manifest = version.manifest
@@ -107,12 +107,23 @@ def tune_version(
         if None not in symbols and each.symbol not in symbols:
             warn(f"{each.path}: left out, {each.symbol} is not searched")
     current, lookbacks = _current(manifest), (manifest.limits.min_context, manifest.limits.room(horizon))
+    studies: list[Study] = []
     for symbol in symbols:
         own = [each for each in imported if symbol in (None, each.symbol)]
         first = first_trials(own, recipe, space, current, lookbacks, warn)
         wide = widened(space, first)
-        study = Study(manifest.model, recipe, wide, prepared, plan, store, home, exact, symbol, len(symbols), first)
-        yield study.run(partial(_publish_child, version, prepared, symbol, store, track), track)
+        study = Study(manifest.model, recipe, wide, prepared, plan, store, home, exact, symbol, first=first)
+        try:
+            study.windows()
+        except ValueError as error:
+            if symbol is symbols[-1] and not studies:
+                raise
+            warn(f"{symbol}: left out, {error}")
+        else:
+            studies.append(study)
+    for study in studies:
+        publish = partial(_publish_child, version, prepared, study.symbol, store, track)
+        yield replace(study, tests=len(studies)).run(publish, track)
 
 
 def serving_space(manifest: Manifest, horizon: int) -> dict[str, Knob]:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -181,12 +182,18 @@ def test_two_workers_find_what_one_does(store: ModelStore, put_served: Callable[
 
 
 def test_each_symbol_has_a_search_and_a_version_of_its_own_and_they_share_the_risk(
-    store: ModelStore, put_served: Callable[[], Manifest], home: Path
+    store: ModelStore, put_served: Callable[[], Manifest], home: Path, sample_folder: Path, tmp_path: Path
 ) -> None:
     put_served()
     plan = Plan(trials=1, stride=2, horizon=2)
-    found = tune_version("kronos-demo", store, ignore, home, plan, space=SHORT, per_symbol=True)
+    folder = copytree(sample_folder, tmp_path / "folder")
+    rows = (folder / "AAPL.csv").read_text().splitlines(keepends=True)
+    (folder / "NEW.csv").write_text("".join([rows[0], *(row for row in rows if "2009-01" < row[:7] < "2009-07")]))
+    told: list[str] = []
+    found = tune_version("kronos-demo", store, ignore, home, plan, folder, SHORT, per_symbol=True, warn=told.append)
     tuned = [next(found), next(found)]
+    [left_out] = told
+    assert left_out.startswith("NEW: left out, ")
     assert [each.found.decision.confidence for each in tuned if each.found.decision] == [pytest.approx(0.99)] * 2
     for each, symbol in zip(tuned, ("AAPL", "GOOG"), strict=True):
         assert each.manifest is not None, each.sentence

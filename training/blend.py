@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, date, datetime
+from datetime import date
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Final
@@ -25,7 +25,7 @@ from training.outcomes import Outcomes
 from training.packed import pack_folder
 from training.report import Entry
 from training.scores import LEVELS, Scores
-from training.train import Track, code_revision, refuse_leak, stand_as_candidate
+from training.train import Track, provenance, refuse_leak, stand_as_candidate
 from training.windows import Part, day, rolling_origins, split_from_recipe
 
 EQUAL_WEIGHTS: Final = "equal weights"
@@ -246,8 +246,7 @@ def _publish(
         "evaluations": tuple(summary(own, beside[part][_best(beside[part])]) for part, own in found.items()),
         "baselines": baselines(found["test"]),
         "canary": canary_of(forecaster),
-        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "code_revision": code_revision(),
+        **provenance(),
     }
     manifest = store.put(fields, config, {}, scores=windows(found.values()))
     stand_as_candidate(manifest, store)

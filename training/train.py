@@ -438,8 +438,7 @@ def judge_and_publish(prepared: Prepared, trained: Trained, store: ModelStore, t
         "evaluations": tuple(summary(own, beside.get(part)) for part, own in scores.items()),
         "baselines": drift_baselines(forecaster, prepared, scores["test"], track),
         "canary": canary_of(forecaster),
-        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "code_revision": code_revision(),
+        **provenance(),
     }
     return store.put(fields, recipe.network, trained.weights, trained.adapter, windows(scores.values()))
 
@@ -521,8 +520,13 @@ def _interval(low: float | None, high: float | None) -> str:
     return "" if low is None or high is None else f" [{low:.3f}, {high:.3f}]"
 
 
-def code_revision() -> str | None:
-    """The commit of the checkout that trains, if it is one."""
+def provenance() -> dict[str, str | None]:
+    """When a version is made, and from which commit."""
+    return {"created_at": datetime.now(UTC).isoformat(timespec="seconds"), "code_revision": _code_revision()}
+
+
+def _code_revision() -> str | None:
+    """Of the checkout that trains, if it is one."""
     command = ["git", "rev-parse", "HEAD"]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)

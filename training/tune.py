@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -20,12 +20,12 @@ from training.train import (
     Prepared,
     Track,
     based,
-    code_revision,
     drift_baselines,
     fit_phases,
     judge_and_publish,
     prepare,
     prepare_one,
+    provenance,
     refuse_leak,
     score,
 )
@@ -219,7 +219,6 @@ def _publish_child(
         "selected_on": selected,
         "evaluations": tuple(summary(own, beside[part]) for part, own in scores.items()),
         "baselines": drift_baselines(forecaster, after, scores["test"], track),
-        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "code_revision": code_revision(),
+        **provenance(),
     }
     return store.put(fields, version.config, version.weights, version.adapter, windows(scores.values()))

@@ -25,8 +25,9 @@ _PIN: Final = re.compile(r"^([a-z0-9-]+)==([^\s;\\]+)", re.MULTILINE)
 # By SPDX, and as older packages write the same.
 _ALLOWED: Final = {
     *("0BSD", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "BSL-1.0", "CC0-1.0", "CNRI-Python", "ISC", "MIT", "MIT-0"),
-    *("MIT-CMU", "MPL-2.0", "NCSA", "PSF-2.0", "Zlib"),
+    *("MIT-CMU", "MPL-2.0", "NCSA", "PSF-2.0", "ZPL-2.1", "Zlib"),
     "Apache",
+    "Apache 2.0",
     "3-Clause BSD License",
     "Apache 2.0 License",
     "Apache Software License",

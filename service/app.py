@@ -57,6 +57,7 @@ from service.score.weights import LiveWeights
 from service.services import Clock, Services, store_of, wall_clock
 from service.settings import Settings
 from service.state import State
+from service.traces import TracedRequests, begin_traces
 
 
 class _Api(FastAPI):
@@ -96,6 +97,7 @@ def create_app(settings: Settings, *, build: Build = LoadedVersion.build, now: C
             allow_methods=["GET", "POST", "PUT"],
             allow_headers=[
                 *("Authorization", "Content-Type", "If-None-Match", "Last-Event-ID", "X-Request-ID"),
+                *("Traceparent", "Tracestate"),
                 HEADER_LENGTH,
             ],
             expose_headers=[
@@ -104,6 +106,8 @@ def create_app(settings: Settings, *, build: Build = LoadedVersion.build, now: C
             ],
         )
     app.add_middleware(CountedAnswers, metrics=services.metrics)
+    if services.traces:
+        app.add_middleware(TracedRequests, tracer=services.traces.tracer)
     app.add_middleware(KnownRequests)
     return app
 
@@ -171,6 +175,7 @@ def build_services(settings: Settings, *, build: Build = LoadedVersion.build, no
         weights=weights,
         evaluator=evaluator,
         watch=WatchList(() if settings.role == "evaluator" else settings.watch, settings.max_streams, metrics),
+        traces=begin_traces(required=bool(settings.traces)) if settings.traced else None,
         now=now,
     )
 
@@ -206,3 +211,5 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await calendar
         await services.registry.stop()
         await services.state.stop()
+        if services.traces:
+            await services.traces.stop()

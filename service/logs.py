@@ -18,6 +18,7 @@ LogFormat = Literal["text", "json"]
 
 REQUEST_ID: Final = "x-request-id"
 request_id: Final[ContextVar[str | None]] = ContextVar("request_id", default=None)
+trace_id: Final[ContextVar[str | None]] = ContextVar("trace_id", default=None)
 
 _HEADER: Final = REQUEST_ID.encode()
 _answers = logging.getLogger("service.answers")
@@ -50,6 +51,8 @@ class _JsonLines(logging.Formatter):
         }
         if known := request_id.get():
             told["request_id"] = known
+        if traced := trace_id.get():
+            told["trace_id"] = traced
         if record.exc_info:
             told["exception"] = self.formatException(record.exc_info)
         return json.dumps(told)
@@ -77,6 +80,7 @@ class KnownRequests:
         sent = [value for name, value in scope["headers"] if name == _HEADER]
         known = sent[0].decode() if len(sent) == 1 and _WELLFORMED.fullmatch(sent[0]) else secrets.token_hex(8)
         request_id.set(known)
+        trace_id.set(None)  # in a pipeline one request's context goes on from another's
 
         async def told(message: Message) -> None:
             nonlocal status

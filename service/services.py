@@ -26,6 +26,7 @@ from service.score.register import Register
 from service.score.weights import LiveWeights
 from service.settings import Settings
 from service.state import State
+from service.traces import Traces
 
 Clock = Callable[[], int]
 
@@ -61,6 +62,7 @@ class Services:
     weights: LiveWeights
     evaluator: Evaluator
     watch: WatchList
+    traces: Traces | None = None
     repeats: Repeats = field(default_factory=Repeats)
     now: Clock = field(default=wall_clock)
     started: bool = False

@@ -1,5 +1,6 @@
 """Every knob of the service, and the only reader of the environment."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -43,6 +44,11 @@ class Settings(BaseSettings):
     log: LogFormat = Field(
         "text",
         description="Lines of text or of json, all with the id of their request; json: one for every answer too.",
+    )
+    traces: bool | None = Field(
+        None,
+        description="Send a span for each request by OTLP, as OTEL_EXPORTER_OTLP_ENDPOINT and its like say; default:"
+        " where that is set. Needs the extra `otel`.",
     )
     role: Role = Field(
         "all",
@@ -117,6 +123,13 @@ class Settings(BaseSettings):
         0, ge=0, le=3600, description="After SIGTERM /readyz answers 503, and all else goes on for so long."
     )
     shutdown_seconds: PositiveInt = Field(20, description="Longest wait for open requests once nothing is accepted.")
+
+    @property
+    def traced(self) -> bool:
+        """Whether traces are to be sent: where nothing is said, if a collector is named as its senders read it."""
+        if self.traces is not None:
+            return self.traces
+        return any(os.environ.get(f"OTEL_EXPORTER_OTLP_{of}ENDPOINT") for of in ("", "TRACES_"))
 
     def sources(self) -> dict[str, Source]:
         """Where the value of each setting came from; the environment goes before a secret file."""

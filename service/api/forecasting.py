@@ -27,6 +27,7 @@ from service.score.evaluator import SeriesStandings
 from service.score.ledger import BAND, Served, served_from
 from service.score.recalibration import calibration_for
 from service.services import Services
+from service.traces import tell_computed
 
 AUTO: Final = "auto"
 AUTO_HORIZON: Final = 30
@@ -98,11 +99,13 @@ async def found_for(asked: Asked, may_share: bool, parts: Services, deadline: fl
     key = asked.key
     if not may_share:
         computed, _ = await parts.engine.submit(asked.model, asked.item, deadline)
+        tell_computed(computed.timings)
         _note(asked, computed, parts)
         return Found(lasting_part(asked, computed), "bypass", computed.timings, computed.degraded)
     if asked.model.settled and (kept := await parts.cache.get(key, asked.issued_at)):
         return Found(kept, "hit")
     computed, shared = await parts.engine.submit(asked.model, asked.item, deadline, key)
+    tell_computed(computed.timings)
     kept = lasting_part(asked, computed)
     if asked.model.settled:
         parts.cache.put(key, kept, asked.issued_at)

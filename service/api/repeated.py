@@ -19,6 +19,7 @@ from service.engine.batcher import DeadlineExceeded
 from service.engine.cache import Kept
 from service.engine.repeats import Facts, Repeat, StoredAs, request_digest
 from service.services import Services
+from service.traces import tell
 
 
 class AdmittedRoute(GuardedRoute):
@@ -124,6 +125,7 @@ def answer(found: Found, facts: Facts, issued_at: int, started: float, parts: Se
     total = time.monotonic() - started
     parts.metrics.stage_seconds.labels(facts.model, "total").observe(total)
     parts.metrics.cache_requests.labels(found.cache).inc()
+    tell(model=facts.model, cache=found.cache)
     timings = {**vars(found.stages), "total": 1e3 * total}
     headers = {"Server-Timing": ", ".join(f"{stage};dur={value:.3f}" for stage, value in timings.items())}
     if degraded := (*facts.degraded, *found.degraded):

@@ -36,6 +36,7 @@ from service.api.tensors import (
 )
 from service.api.wire import StrictRequest
 from service.services import Parts, Services
+from service.traces import tell
 
 _REPEATED: Final = ("server-timing", "candlecast-degraded")
 _TOLD: Final = ("symbol", "interval", "as_of", "do_predict")
@@ -142,6 +143,7 @@ async def infer(reference: Reference, parts: Parts, request: Request, body: Infe
     directions."""
     symbol, asked = forecast_asked(body, request.state.raw, reference)
     parts.access.require(caller_of(request), normalise_symbol(symbol))
+    tell(symbol=normalise_symbol(symbol))
     answered = await post_forecast(symbol, parts, request, asked)
     if answered.status_code != 200:
         return answered

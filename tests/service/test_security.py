@@ -420,6 +420,7 @@ async def test_documentation_is_shown_here_and_elsewhere_only_if_asked(
     async with running(auth="off", **settings) as (client, _):
         for path in ("/docs", "/openapi.json"):
             assert (await client.get(path)).status_code == status
+        assert ('href="docs"' in (await client.get("/")).text) == (status == 200), "the page leads nowhere else"
     async with running(auth="off", host="::", docs=True) as (client, _):
         assert (await client.get("/docs")).status_code == 200
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final
 
-from fastapi import APIRouter, Header, HTTPException, Response
+from fastapi import APIRouter, Header, HTTPException, Request, Response
 
 from service.api.security import PUBLIC, GuardedRoute
 from service.api.wire import names_tag
@@ -45,33 +45,33 @@ class _File:
     digest: str
 
 
-def _read(path: Path) -> _File:
-    plain = path.read_bytes()
+def _file(suffix: str, plain: bytes) -> _File:
     digest = hashlib.sha256(plain).hexdigest()[:16]
-    return _File(_MEDIA_TYPES[path.suffix], plain, gzip.compress(plain, mtime=0), digest)
+    return _File(_MEDIA_TYPES[suffix], plain, gzip.compress(plain, mtime=0), digest)
 
 
-_FILES: Final = {path.name: _read(path) for path in _FOLDER.iterdir()}
+_FILES: Final = {path.name: _file(path.suffix, path.read_bytes()) for path in _FOLDER.iterdir()}
+_PAGE: Final = _FILES.pop("index.html")
+_PAGE_WITHOUT_DOCS: Final = _file(".html", _PAGE.plain.replace(b'<a href="docs">API docs</a>', b""))
 
 Optional = Annotated[str | None, Header()]
 
 
 @router.get("/", openapi_extra=PUBLIC)
-async def get_page(accept_encoding: Optional = None, if_none_match: Optional = None) -> Response:
-    """The page itself."""
-    return _answer("index.html", accept_encoding, if_none_match)
+async def get_page(request: Request, accept_encoding: Optional = None, if_none_match: Optional = None) -> Response:
+    """The page itself, which leads to the documentation where that is served."""
+    return _answer(_PAGE if request.app.openapi_url else _PAGE_WITHOUT_DOCS, accept_encoding, if_none_match)
 
 
 @router.get("/page/{name}", openapi_extra=PUBLIC)
 async def get_file(name: str, accept_encoding: Optional = None, if_none_match: Optional = None) -> Response:
     """A style sheet, script or image of the page; 404 where it has none of this name."""
-    return _answer(name, accept_encoding, if_none_match)
-
-
-def _answer(name: str, accept_encoding: str | None, if_none_match: str | None) -> Response:
     if name not in _FILES:
         raise HTTPException(404)
-    file = _FILES[name]
+    return _answer(_FILES[name], accept_encoding, if_none_match)
+
+
+def _answer(file: _File, accept_encoding: str | None, if_none_match: str | None) -> Response:
     zipped = "gzip" in (accept_encoding or "")
     tag = f'"{file.digest}{"-gzip" if zipped else ""}"'
     if names_tag(if_none_match, tag):

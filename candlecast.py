@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from rich.table import Table
 
     from model_store.manifest import Manifest, Parity
@@ -271,7 +274,8 @@ def backup(file: Path, as_json: bool) -> None:
     from service.backup import backup
     from service.settings import Settings
 
-    index = asyncio.run(backup(Settings(), file))
+    with _bars(as_json, title=f"{file}"):
+        index = asyncio.run(backup(Settings(), file))
     _tell_backup(f"{file} holds", index.at.isoformat(), len(index.files), index.bytes, as_json)
 
 
@@ -290,7 +294,8 @@ def restore(file: Path, replace: bool, as_json: bool) -> None:
     from service.backup import restore
     from service.settings import Settings
 
-    index = asyncio.run(restore(Settings(), file, replace=replace))
+    with _bars(as_json, title=f"{file}"):
+        index = asyncio.run(restore(Settings(), file, replace=replace))
     _tell_backup("restored", index.at.isoformat(), len(index.files), index.bytes, as_json)
 
 
@@ -359,6 +364,7 @@ def ingest(
     Example: tail -n +1 -f candles.csv | candlecast ingest - --symbol BTC-USDT --interval 1m
     """
     from contextlib import closing
+    from functools import partial
 
     from feeds.files import Reader
     from feeds.ingest import Ingest, ingest_all
@@ -366,10 +372,10 @@ def ingest(
 
     piped = str(file) == "-"
     reader = Reader("standard input" if piped else str(file), symbol or (None if piped else file.stem), interval)
-    with closing(Service(url, key=key, say=_complain)) as service:
+    with closing(Service(url, key=key, say=_complain)) as service, _bars(as_json, title=reader.name) as track:
         ingest = Ingest(reader, service, skip_bad=skip_bad)
         try:
-            ingest_all(ingest, None if piped else file)
+            ingest_all(ingest, None if piped else file, partial(track, reader.name))
         except (RuntimeError, ValueError) as error:
             if as_json:
                 click.echo(json.dumps(ingest.tally.as_json()))
@@ -444,6 +450,40 @@ def _complain(text: str) -> None:
     click.echo(text, err=True)
 
 
+@contextmanager
+def _bars(quiet: bool, title: str | None = None) -> "Iterator[Callable[[str, float | None, str], None]]":
+    """A bar for each title that is told of, on a terminal's standard error; what is not watched draws nothing.
+
+    With a `title` that one is there from the start, shows only that work goes on until a share of it is told, and
+    leaves nothing behind.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+    told = (TextColumn("{task.description:32}"), BarColumn(bar_width=24), TextColumn("{task.fields[share]:>4}"))
+    console, tasks = Console(stderr=True), dict[str, TaskID]()
+    hidden = quiet or not console.is_terminal
+    with Progress(
+        *told,
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        disable=hidden,
+        transient=title is not None,
+    ) as progress:
+
+        def track(name: str, done: float | None, note: str) -> None:
+            if name not in tasks:
+                tasks[name] = progress.add_task(name, total=None, share="", note="")
+            if done is not None:
+                progress.update(tasks[name], total=1.0, completed=done, share=f"{done:.0%}")
+            progress.update(tasks[name], note=note)
+
+        if title is not None:
+            track(title, None, "")
+        yield track
+
+
 def _print_table(table: "Table") -> None:
     """In 100 columns, wherever it goes."""
     from rich.console import Console
@@ -502,7 +542,8 @@ def sample_data(folder: Path, as_json: bool) -> None:
     """
     from training.sample_data import write_samples
 
-    paths = [str(path) for path in write_samples(folder)]
+    with _bars(as_json, title=f"{folder}"):
+        paths = [str(path) for path in write_samples(folder)]
     click.echo(json.dumps(paths) if as_json else f"{len(paths)} series in {folder}")
 
 
@@ -642,7 +683,8 @@ def train(
     missing = [recipe for recipe in recipes if recipe.name not in there]
     manifests = [store.manifest(name) for name in there]
     if missing:
-        manifests += train_all(missing, store_root, home, quiet=as_json or not leads, **how)
+        with _bars(as_json or not leads) as track:
+            manifests += train_all(missing, store_root, home, track, **how)
         if not leads:
             return
     for manifest in manifests:
@@ -652,9 +694,8 @@ def train(
 
 def _train_per_symbol(recipe: "Recipe", store: "ModelStore", home: Path, as_json: bool, **options: Any) -> None:
     from training.per_symbol import outcomes_table, train_per_symbol
-    from training.progress import bars
 
-    with bars(quiet=as_json) as track:
+    with _bars(as_json) as track:
         outcomes = train_per_symbol(recipe, store, track, home, **options)
     if as_json:
         click.echo(json.dumps([outcome.as_json() for outcome in outcomes]))
@@ -724,11 +765,10 @@ def evaluate(
     from model_store.store import ModelStore
     from training.cluster import cluster
     from training.compare import compare
-    from training.progress import bars
     from training.report import as_json as entries_json
     from training.report import table, write_report
 
-    with cluster(address) if address else nullcontext() as workers, bars(quiet=as_json) as track:
+    with cluster(address) if address else nullcontext() as workers, _bars(as_json) as track:
         judged = compare(ModelStore(store_root), names, baselines, folder, track=track, workers=workers, **options)
     entries = [(each.name, each.evaluation) for each in judged]
     if as_json:
@@ -760,11 +800,10 @@ def blend(names: tuple[str, ...], folder: Path, store_root: str, as_json: bool, 
     from model_store.store import ModelStore
     from models.scoring import group_name
     from training.blend import blend
-    from training.progress import bars
     from training.report import as_json as entries_json
     from training.report import table
 
-    with bars(quiet=as_json) as track:
+    with _bars(as_json) as track:
         found = blend(ModelStore(store_root), names, folder, track=track, **options)
     manifest = found.manifest
     if as_json:
@@ -845,7 +884,6 @@ def tune(
     from model_store.store import ModelStore
     from training.cluster import cluster
     from training.imported import read_imported
-    from training.progress import bars
     from training.recipe import read_recipe, read_search
     from training.study import Plan
     from training.tune import tune_recipe, tune_version
@@ -856,7 +894,7 @@ def tune(
         raise click.UsageError("with --ray the cluster has the workers, and their device is the CPU")
     store = ModelStore(store_root)
     how: Any = {"per_symbol": per_symbol, "imported": read_imported(found) if found else (), "warn": _complain}
-    with cluster(address) if address else nullcontext() as workers, bars(quiet=as_json) as track:
+    with cluster(address) if address else nullcontext() as workers, _bars(as_json) as track:
         plan = Plan(cluster=workers, **options)
         if reference:
             knobs = read_search(space) if space else None
@@ -910,15 +948,19 @@ def replay(
 
     from model_store.store import ModelStore
     from service.replay import Plan, first_unseen, replay_from_nothing, series_of, utc_millis
-    from service.replay_table import bar, replay_table
+    from service.replay_table import replay_table
     from training.candle_files import load
 
-    start = utc_millis(day) if day else first_unseen(ModelStore(store_root), names)
-    plan = Plan(start, every, horizon, _speed(speed))
-    series = [series_of(item.symbol, item.interval, item.timestamps, item.candles) for item in load(folder)[0]]
-    began = time.monotonic()
-    with bar(quiet=as_json) as progress:
-        replayed = asyncio.run(replay_from_nothing(store_root, names, series, plan, progress))
+    with _bars(as_json, title="candles") as track:
+        start = utc_millis(day) if day else first_unseen(ModelStore(store_root), names)
+        plan = Plan(start, every, horizon, _speed(speed))
+        series = [series_of(item.symbol, item.interval, item.timestamps, item.candles) for item in load(folder)[0]]
+        began = time.monotonic()
+
+        def played(done: int, total: int) -> None:
+            track("candles", done / total, f"{done} of {total}")
+
+        replayed = asyncio.run(replay_from_nothing(store_root, names, series, plan, played))
     if as_json:
         click.echo(json.dumps(replayed.as_json()))
         return
@@ -1017,10 +1059,11 @@ def export(
     kind = KINDS.get(f"{runtime}-{dtype}")
     if kind is None:
         raise ValueError(f"{runtime} has no {dtype}: use {', '.join(KINDS)}")
-    series = pack_folder(folder, home / "cache")
-    artefact = export(
-        ModelStore(store_root), reference, kind, series, key=machine_key(home), device=device, windows=windows
-    )
+    with _bars(as_json, title=f"{reference} {kind.label}"):
+        series = pack_folder(folder, home / "cache")
+        artefact = export(
+            ModelStore(store_root), reference, kind, series, key=machine_key(home), device=device, windows=windows
+        )
     if as_json:
         click.echo(artefact.model_dump_json())
         return
@@ -1176,7 +1219,8 @@ def time_models(
     """
     from service.engine.selection import time_again
 
-    choices = time_again(store_root, references, home=home, device=device, threads=threads)
+    with _bars(as_json, title=", ".join(references) or f"{store_root}"):
+        choices = time_again(store_root, references, home=home, device=device, threads=threads)
     if not choices:
         _complain(f"{store_root} has nothing in production: candlecast store promote NAME")
     if as_json:
@@ -1275,8 +1319,10 @@ def verify(references: tuple[str, ...], wait: float, store_root: str, as_json: b
 
     root, until = ModelStore(store_root), time.monotonic() + wait
     for reference in references:
-        _await_version(root, reference, until)
-        _print_version(root.verify(reference), as_json, ["every file is what was stored"])
+        with _bars(as_json, title=reference):
+            _await_version(root, reference, until)
+            manifest = root.verify(reference)
+        _print_version(manifest, as_json, ["every file is what was stored"])
 
 
 def _await_version(root: "ModelStore", reference: str, until: float) -> None:
@@ -1484,7 +1530,8 @@ def gc(keep: int, delete: bool, reason: str | None, store_root: str, as_json: bo
     from model_store.store import ModelStore
 
     root = ModelStore(store_root)
-    found = collect(root, keep=keep, reason=reason) if delete else unused(root, keep=keep)
+    with _bars(as_json, title=f"{store_root}"):
+        found = collect(root, keep=keep, reason=reason) if delete else unused(root, keep=keep)
     if as_json:
         click.echo(json.dumps([f"{manifest.model}@{manifest.version}" for manifest in found]))
         return

@@ -3,13 +3,10 @@
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
-
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
 from feeds.files import BadLine, Chunk, Part, Reader, chunks
 from feeds.put import COUNTS, NoAnswer, Refused, Service
@@ -100,17 +97,9 @@ class Ingest:
         self.tally.counts.update(put.counts)
 
 
-def ingest_all(ingest: Ingest, file: Path | None) -> None:
-    """All of a file, or of standard input until it ends, under a bar where somebody watches."""
-    with file.open("rb") if file else nullcontext(sys.stdin.buffer) as source, _bar(file) as move:
+def ingest_all(ingest: Ingest, file: Path | None, hear: Callable[[float | None, str], None]) -> None:
+    """All of a file, or of standard input until it ends; `hear` is told the share of the file, and the tally."""
+    size = file.stat().st_size if file else None
+    with file.open("rb") if file else nullcontext(sys.stdin.buffer) as source:
         for chunk in ingest.run(chunks(source.fileno())):
-            move(chunk.read, f"{ingest.tally}")
-
-
-@contextmanager
-def _bar(file: Path | None) -> Iterator[Callable[[int, str], None]]:
-    columns = (BarColumn(bar_width=24), DownloadColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("", total=file.stat().st_size if file else None)
-        yield lambda done, note: progress.update(task, completed=done, description=note)
+            hear(chunk.read / size if size else None, f"{ingest.tally}")

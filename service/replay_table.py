@@ -1,30 +1,16 @@
-"""A replay for people: a bar while it runs, a table of what came of it."""
+"""What came of a replay, as a table."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 
 from rich import box
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from service.api.schemas import ScoresAnswer, StandingAnswer
 from service.replay import AUTO, Replayed, Worst
-from service.replay import Progress as Hears
 
 _NAMES = ("symbol", "model", "steps")
 _NUMBERS = ("skill vs naive", "CRPS", "coverage\nof 80 %", "lowest over\n250 candles", "drift")
-
-
-@contextmanager
-def bar(*, quiet: bool) -> Iterator[Hears]:
-    """Candles played, on a terminal's standard error."""
-    console = Console(stderr=True)
-    columns = (BarColumn(bar_width=40), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def replay_table(replayed: Replayed) -> Table:

@@ -1,6 +1,8 @@
 """Every verb at once: what its help shows, what its tables fit into, how it fails, what a shell completes."""
 
+import io
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,66 @@ def test_the_table_of_a_replay_cuts_nothing_off() -> None:
     assert text.count("X") == 3 * len(LONG)
     assert text.count("[-0.123, +0.123]") == 2
     assert text.count("insufficient") == 2
+
+
+# -- progress --------------------------------------------------------------------------------------
+
+LONG_WORK = {  # what takes more than a moment, with all that it needs to begin; `feed` tells every batch instead
+    "backup": "b.tar",
+    "blend": "toto-demo kronos-demo --data .",
+    "evaluate": "--models toto-demo --data .",
+    "export": "toto-demo --runtime onnx --data .",
+    "ingest": "b.csv",
+    "models time": "",
+    "replay": ".",
+    "restore": "b.csv",
+    "sample-data": "",
+    "store gc": "",
+    "store verify": "toto-demo",
+    "train": f"{Path(__file__).parents[1] / 'training/recipes/toto-demo.toml'}",
+    "tune": "--model toto-demo",
+}
+
+
+@pytest.mark.parametrize("verb", LONG_WORK)
+@pytest.mark.parametrize("flags", [[], ["--json"]], ids=["", "json"])
+def test_long_work_begins_by_showing_that_it_goes_on(
+    verb: str, flags: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Shown(BaseException):
+        pass
+
+    def shown(quiet: bool, **_: Any) -> None:
+        raise Shown(quiet)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(candlecast, "_bars", shown)
+    (tmp_path / "b.csv").write_text("timestamp,open,high,low,close,volume\n")
+    with pytest.raises(Shown) as found:
+        CliRunner().invoke(main, [*verb.split(), *LONG_WORK[verb].split(), *flags])
+    assert found.value.args == (bool(flags),)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("title", [None, "toto-demo"])
+def test_progress_is_drawn_on_a_terminal_and_nowhere_else(
+    title: str | None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    shown = {}
+    for stderr, quiet in ((Terminal(), False), (Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with candlecast._bars(quiet, title) as track:
+            track("toto-demo", 0.42, "a note")
+        shown[type(stderr), quiet] = stderr.getvalue()
+    drawn = shown.pop((Terminal, False))
+    assert all(part in drawn for part in ("toto-demo", "42%", "a note"))
+    assert set(shown.values()) == {""}
+    assert capsys.readouterr().out == ""
 
 
 # -- failures --------------------------------------------------------------------------------------

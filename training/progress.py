@@ -1,15 +1,12 @@
-"""Progress bars, and several recipes trained side by side under one set of them."""
+"""Several recipes trained side by side, whose progress is told in one place."""
 
 import multiprocessing
 import queue
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from model_store.manifest import Manifest
 from model_store.store import ModelStore
@@ -18,36 +15,15 @@ from training.recipe import Recipe
 from training.train import Track, train
 
 
-@contextmanager
-def bars(*, quiet: bool = False) -> Iterator[Track]:
-    """One bar per title, drawn as long as the context lasts."""
-    columns = (
-        TextColumn("{task.description:32}"),
-        BarColumn(bar_width=24),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    tasks: dict[str, TaskID] = {}
-    with Progress(*columns, disable=quiet) as progress:
-
-        def track(title: str, done: float, note: str) -> None:
-            if title not in tasks:
-                tasks[title] = progress.add_task(title, total=1.0, note="")
-            progress.update(tasks[title], completed=done, note=note)
-
-        yield track
-
-
 def train_all(
     recipes: Sequence[Recipe],
     store_root: str | Path,
     home: Path,
+    track: Track,
     *,
     restart: bool = False,
     tensorboard: Path | None = None,
     device: str = "cpu",
-    quiet: bool = False,
 ) -> list[Manifest]:
     """Train every recipe, each in a process of its own where there are several; the first failure is raised.
 
@@ -56,15 +32,14 @@ def train_all(
     if len(recipes) > 1 and processes.started() > 1:
         raise ValueError("under torchrun, train one recipe at a time")
     how = partial(train, home=home, restart=restart, tensorboard=tensorboard, device=device)
-    with bars(quiet=quiet) as track:
-        if len(recipes) == 1:
-            return [how(recipes[0], ModelStore(store_root), track)]
-        context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-        with context.Manager() as manager, ProcessPoolExecutor(len(recipes), mp_context=context) as pool:
-            updates: Any = manager.Queue()
-            futures = [pool.submit(_train_apart, how, recipe, store_root, updates) for recipe in recipes]
-            _relay(updates, futures, track)
-            return [future.result() for future in futures]
+    if len(recipes) == 1:
+        return [how(recipes[0], ModelStore(store_root), track)]
+    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    with context.Manager() as manager, ProcessPoolExecutor(len(recipes), mp_context=context) as pool:
+        updates: Any = manager.Queue()
+        futures = [pool.submit(_train_apart, how, recipe, store_root, updates) for recipe in recipes]
+        _relay(updates, futures, track)
+        return [future.result() for future in futures]
 
 
 def _train_apart(how: Callable[..., Manifest], recipe: Recipe, store_root: str | Path, updates: Any) -> Manifest:
@@ -76,7 +51,7 @@ def _send(put: Callable[[tuple[str, float, str]], None], title: str, done: float
 
 
 def _relay(updates: Any, futures: Sequence[Future[Manifest]], track: Track) -> None:
-    """Draw what the processes report until all of them are done."""
+    """Tell what the processes report until all of them are done."""
     while True:
         finished = all(future.done() for future in futures)
         try:

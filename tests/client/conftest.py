@@ -17,11 +17,14 @@ WATCH = "WATCHED-CANDLECAST:naive:3,WATCHED-AWAITED:naive:3"  # one for each cli
 
 @pytest.fixture(scope="session")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Of a service with a private Redis, a naive model and a watch list."""
+    """Of a service with a private Redis, two naive models, of which only `kronos` was judged, and a watch list."""
     place = tmp_path_factory.mktemp("service")
     store = ModelStore(place / "store")
     limits = {"min_context": 2, "max_context": 4096, "max_horizon": 512}
     put_version(store, "naive", "naive", {"family": "naive"}, {}, limits=limits)
+    judged = {"windows": "test", "symbols": ["BTC"], "interval": "1h", "horizon": 24, "origins": 9, "metrics": {}}
+    judged |= {"start": "2012-01-01", "end": "2013-01-01"}
+    put_version(store, "kronos-demo", "naive", {"family": "naive"}, {}, limits=limits, evaluations=[judged])
     with start_service(store, place / "home", {"CANDLECAST_WATCH": WATCH}) as service:
         yield service.url
 

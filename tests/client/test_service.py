@@ -1,8 +1,11 @@
 """Both clients against a real service."""
 
 import inspect
+import re
 import time
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -10,6 +13,7 @@ import pytest
 
 from candlecast_client import AsyncCandlecast, Candlecast, Forecast, Invalid, NotFound, from_ccxt
 
+README = Path(__file__).parents[2] / "client" / "README.md"
 HOUR = 3_600_000
 PRICES = ["open", "high", "low", "close", "volume"]
 
@@ -31,6 +35,22 @@ def test_a_forecast_is_a_frame_on_the_next_candles(service: Any, rows: Any) -> N
     assert (found.do_predict, found.reasons, found.skill) == (False, ["no_baseline"], None)
     assert (found.paths, found.is_stale, found.warnings, found.meta["context"]) == (None, False, [], 12)
     assert "BTC-USDT 1h" in repr(found)
+
+
+def test_the_readme_s_example_does_what_its_remarks_say(url: str, rows: Any, capsys: Any) -> None:
+    (example,) = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+    printed_url = "http://127.0.0.1:8000"
+    assert printed_url in example
+    exchange = SimpleNamespace(fetch_ohlcv=lambda symbol, interval, limit: rows(limit))
+    names: dict[str, Any] = {"exchange": exchange}
+    exec(example.replace(printed_url, url), names)
+    names["candlecast"].close()
+    found = names["found"]
+    assert found.do_predict, found.reasons
+    assert found.symbol == "BTC-USDT"
+    assert (found.forecast.shape, found.forecast.columns.tolist()) == ((24, 5), PRICES)
+    told = [f"{each}" for each in (found.forecast, found.quantiles["close"][0.9], f"{found.naive} {found.skill}")]
+    assert capsys.readouterr().out == "\n".join([*told, ""])
 
 
 def test_rows_and_their_frame_have_one_forecast(service: Any, rows: Any) -> None:
@@ -67,7 +87,7 @@ def test_served_forecasts_are_told_and_scored(service: Any, rows: Any) -> None:
     assert service.served("SCORED", as_of=sent.index[0]).empty
     assert service.accuracy("SCORED", interval="1h")["series"][0]["interval"] == "1h"
     assert isinstance(service.accuracy_of_models(), list)
-    assert [each["name"] for each in service.models()["models"]] == ["naive"]
+    assert [each["name"] for each in service.models()["models"]] == ["kronos-demo", "naive"]
 
 
 def test_a_watched_symbol_is_streamed_and_at_hand(service: Any, client: Any, url: str, rows: Any) -> None:

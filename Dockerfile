@@ -17,7 +17,7 @@ COPY . .
 RUN if [ "${TORCH}" = cpu ]; then \
         sed -i -e '/"onnxruntime-gpu/d' -e 's/"\(onnxruntime>=[^;]*\);.*"/"\1"/' pyproject.toml; \
     fi \
-    && pip install -c requirements.lock -c constraints.txt '.[hub,s3]'
+    && pip install -c requirements.lock -c constraints.txt '.[hub,otel,s3]'
 # Of the packages that ship sample candles only the candles go on.
 RUN pip install --no-deps -c requirements.lock --target /samples arch bokeh-sampledata \
     && PYTHONPATH=/samples /opt/candlecast/bin/candlecast sample-data /srv/candlecast/data/samples \

@@ -61,6 +61,10 @@ from service.traces import TracedRequests, begin_traces
 
 
 class _Api(FastAPI):
+    def __init__(self, **described: Any) -> None:
+        # Spans are made in service/traces.py: FastAPI's own would be a second one of each request.
+        super().__init__(telemetry={"tracing": False, "metrics": False, "logs": False}, **described)
+
     def openapi(self) -> dict[str, Any]:
         return describe_keys(errors.describe_problems(super().openapi()))
 

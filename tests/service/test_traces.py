@@ -124,7 +124,7 @@ async def test_what_is_recalled_has_no_stages_a_failure_is_one_and_probes_leave_
     def fail(*_: Any) -> None:
         raise ZeroDivisionError
 
-    async with running(max_queue=1) as (client, app):
+    async with running() as (client, app):
         for _ in range(2):
             await client.post("/forecast/BTC", json={"candles": rows(), "model": "naive"})
         for path in ("/livez", "/readyz", "/nowhere"):

@@ -4,8 +4,9 @@
     python examples/backtesting_strategy.py data/samples/AAPL.csv --symbol AAPL --model toto
 
 After the close of each candle it asks what comes next, and holds the asset from the next open on while the median close
-at the horizon lies above the last close, unless the service says not to act on the forecast. It starts where the
-model's held-out test windows do, so that the model has learned from none of the candles that it is tried on.
+at the horizon lies above the last close by more than both trades cost, unless the service says not to act on it. It
+starts where the model's held-out test windows do, so that the model has learned from none of the candles that it is
+tried on.
 """
 
 import argparse
@@ -29,7 +30,7 @@ class Forecasting(Strategy):
     horizon = 5
     since = pd.Timestamp(0)
     heed = True  # whether to stay out where the service says not to act
-    threshold = 0.0  # log-return at the horizon above which it is held
+    threshold = 0.002  # log-return at the horizon above which it is held: what both trades cost
 
     def init(self) -> None:
         self.expected: dict[pd.Timestamp, float] = {}  # log-return at the horizon, by the candle that had just closed

@@ -5,9 +5,10 @@
     python examples/ccxt_loop.py AAPL --replay data/samples/AAPL.csv --since 2012-01-01 --model toto
 
 Once a candle has closed, by the exchange's own clock, it asks what comes next, and holds the asset until the next one
-has closed if the median close at the horizon lies above the last close, unless the service says not to act on the
-forecast. The open candle, which exchanges send too, is never used. The account is reckoned as if each order were filled
-at the close that it follows. `--replay` goes through a file of candles, with a clock that jumps from close to close.
+has closed if the median close at the horizon lies above the last close by more than both trades cost, unless the
+service says not to act on it. The open candle, which exchanges send too, is never used. The account is reckoned as if
+each order were filled at the close that it follows. `--replay` goes through a file of candles, with a clock that jumps
+from close to close.
 """
 
 import argparse
@@ -76,7 +77,7 @@ def decisions(
     interval: str,
     *,
     heed: bool = True,
-    threshold: float = 0.0,
+    threshold: float = 2 * FEE,
     **asked: Any,
 ) -> Iterator[Decision]:
     """One for each candle that closes, for ever, or as long as a replay has candles."""

@@ -4,8 +4,9 @@
     freqtrade backtesting --strategy-path examples --strategy Forecasting --config config.json --timerange 20120101-
 
 After the close of each candle it asks what comes next, and holds the asset from the next open on while the median close
-at the horizon lies above the last close, unless the service says not to act on the forecast. A backtest asks about each
-candle of its time range, a running bot about the newest one. The configuration may say otherwise than here:
+at the horizon lies above the last close by more than both trades cost, unless the service says not to act on it. A
+backtest asks about each candle of its time range, a running bot about the newest one. The configuration may say
+otherwise than here:
 
     "candlecast": {"url": "http://127.0.0.1:8000", "key": null, "model": "toto", "horizon": 5, "regardless": false}
 """
@@ -35,7 +36,7 @@ class Forecasting(IStrategy):
     stoploss = -0.99
 
     def bot_start(self, **_: Any) -> None:
-        self.asked = DEFAULTS | {"threshold": 0.0} | self.config.get("candlecast", {})
+        self.asked = DEFAULTS | {"threshold": 0.002} | self.config.get("candlecast", {})
         self.client = Candlecast(self.asked["url"], self.asked["key"])
 
     def populate_indicators(self, dataframe: pd.DataFrame, metadata: dict[str, Any]) -> pd.DataFrame:

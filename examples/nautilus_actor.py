@@ -4,8 +4,9 @@
     python examples/nautilus_actor.py data/samples/AAPL.csv --symbol AAPL --model toto --since 2012-01-01
 
 When a bar has closed it asks what comes next, and holds the asset until the next one has closed if the median close at
-the horizon lies above the last close, unless the service says not to act on the forecast. The engine fills its orders
-at the close that they follow. In a live node the same class waits for each answer, for `timeout` seconds at most.
+the horizon lies above the last close by more than both trades cost, unless the service says not to act on it. The
+engine fills its orders at the close that they follow. In a live node the same class waits for each answer, for
+`timeout` seconds at most.
 """
 
 import argparse
@@ -43,7 +44,7 @@ class ForecastingConfig(StrategyConfig, frozen=True):
     model: str = "toto"
     horizon: int = 5
     regardless: bool = False  # whether to act where the service says not to
-    threshold: float = 0.0  # log-return at the horizon above which it is held
+    threshold: float = 0.002  # log-return at the horizon above which it is held: what both trades cost
 
 
 class Forecasting(Strategy):
@@ -121,7 +122,7 @@ def main() -> None:
     parser.add_argument("--model", default="toto")
     parser.add_argument("--horizon", type=int, default=5)
     parser.add_argument("--regardless", action="store_true", help="act where the service says not to, too")
-    parser.add_argument("--threshold", type=float, default=0.0, help="log-return at the horizon above which it is held")
+    parser.add_argument("--threshold", type=float, default=0.002, help="log-return above which it is held")
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--verbose", action="store_true", help="tell each decision and order")
     args = vars(parser.parse_args())

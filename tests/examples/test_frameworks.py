@@ -171,13 +171,16 @@ def test_every_bot_trades_what_its_model_has_not_learned_from(url: str, candles:
     bots = {"backtesting": script("backtesting_strategy"), "ccxt": script("ccxt_loop")}
     bots |= {name: bot for name, (bot, _) in BOTS.items()}
     with ExitStack() as stack:
-        since = candles.index[-BARS]
-        if (ROOT / "model_store" / "artifacts" / "toto-demo").exists():
-            url = stack.enter_context(serving(ROOT / "model_store" / "artifacts", tmp_path / "home"))
-            with Candlecast(url) as client:
-                since = held_out_since(client, "toto")
-        runs = {name: bot(tmp_path / name, candles, since, url=url, regardless=True) for name, bot in bots.items()}
-    print(f"GOOG, {since:%Y-%m-%d} to {candles.index[-1]:%Y-%m-%d}, every forecast acted on, 0.1 % a trade")
+        asked, since = {"url": url, "model": "toto", "regardless": True}, candles.index[-BARS]
+        if (ROOT / "model_store" / "artifacts" / "kronos-demo").exists():
+            asked["url"] = stack.enter_context(serving(ROOT / "model_store" / "artifacts", tmp_path / "home"))
+            asked["model"] = "kronos"  # toto-demo's median hardly moves: nothing would be traded
+            with Candlecast(asked["url"]) as client:
+                since = held_out_since(client, "kronos")
+        runs = {name: bot(tmp_path / name, candles, since, **asked) for name, bot in bots.items()}
+    print(
+        f"GOOG by {asked['model']}, {since:%Y-%m-%d} to {candles.index[-1]:%Y-%m-%d}, acted on regardless, 0.1 % a trade"
+    )
     for name, run in runs.items():
         print(f"{name:11} {run.account:+7.1f} %   buy and hold {run.market:+7.1f} %")
     print("One stretch of one series: it shows how to ask, and promises nothing.")

@@ -22,7 +22,8 @@ from bench.connection import Connection
 from bench.death import DRAIN_SECONDS, ended_while_loading, restarted, roll_two
 from bench.fault_proxy import Fault, FaultProxy
 from bench.hostile import Hostile, corpus
-from bench.load import SEED
+from bench.load import SEED, percentile
+from bench.overload import TIMES, overload
 from bench.service import Service, forecast_body, start_naive_service
 from service.state import PrivateRedis, connect
 
@@ -33,19 +34,20 @@ _SERVE: Final = "tests/service/test_serve.py"
 
 
 class Figure(NamedTuple):
-    """One line of the table; `bound` is the most that `reached` may be, None where it is only reported."""
+    """One line of the table; `bound` is the most, or `at_least`, that `reached` may be, None where it is only told."""
 
     gate: str
     reached: float
     unit: str
     bound: float | None
     test: str
+    at_least: bool = False
 
     @property
     def verdict(self) -> str:
         if self.bound is None:
             return ""
-        return "met" if self.reached <= self.bound else "NOT MET"
+        return "met" if (self.reached >= self.bound if self.at_least else self.reached <= self.bound) else "NOT MET"
 
 
 def refusals(folder: Path) -> Sequence[Figure]:
@@ -124,6 +126,29 @@ async def _forecasts(connection: Connection) -> tuple[int, float]:
     return failed, statistics.quantiles(took, n=100)[-1]
 
 
+def overloads(folder: Path) -> Sequence[Figure]:
+    """A minute of ten times the requests that the service can answer, and another client beside it."""
+    seen = asyncio.run(overload(folder))
+    shown = "tests/service/test_door.py"
+    refusals = sorted(1000 * (record.done - record.sent) for record in seen.refused)
+    accepted = sorted(1000 * record.latency for record in seen.flood if record.status == 200)
+    late = sum(record.status == 504 for record in seen.flood)
+    before, most = seen.resident_mb
+    shares = 100 * seen.goodput, 100 * seen.in_time(seen.meanwhile) / len(seen.meanwhile)
+    load = f"{TIMES} x {seen.capacity:.3g} a second"
+    return [
+        Figure(f"{load}: answered in time, of what the service can", shares[0], "%", 80, shown, at_least=True),
+        Figure(f"{load}: refusals, p99 of {len(refusals)}", percentile(refusals, 99), "ms", 50, shown),
+        Figure(f"{load}: neither answer, late, nor 503 with Retry-After", seen.unforeseen, "", 0, shown),
+        Figure(f"{load}: p99 of {len(accepted)} answers", percentile(accepted, 99), "ms", 1000 * seen.deadline, shown),
+        Figure(f"{load}: admitted and then late", 100 * late / (late + len(accepted)), "%", None, ""),
+        Figure(f"{load}: another client's requests answered in time", shares[1], "%", 95, shown, at_least=True),
+        Figure(f"{load}: most memory held (before it: {before:.4g} MB)", most, "MB", 1.1 * before, ""),
+        Figure(f"{load}: recovery", seen.recovery, "s", 10, ""),
+        Figure(f"{load}: what sending it took", seen.client_cores, "cores", None, ""),
+    ]
+
+
 def endings(folder: Path) -> Sequence[Figure]:
     """Services that are replaced under load, end while they load a model, and are killed."""
     rolled = asyncio.run(roll_two(folder / "rolled"))
@@ -143,6 +168,7 @@ def endings(folder: Path) -> Sequence[Figure]:
 GATES: Final[Mapping[str, Callable[[Path], Sequence[Figure]]]] = {
     "refusals": refusals,
     "redis-faults": redis_faults,
+    "overload": overloads,
     "endings": endings,
 }
 
@@ -151,7 +177,7 @@ def show(figures: Iterable[Figure]) -> None:
     """Print them as a table."""
     table = Table("gate", "reached", "bound", "verdict", "what can be counted is shown by")
     for each in figures:
-        bound = "" if each.bound is None else f"{each.bound:.4g} {each.unit}"
+        bound = "" if each.bound is None else f"{'≥' if each.at_least else '≤'} {each.bound:.4g} {each.unit}"
         table.add_row(each.gate, f"{each.reached:.4g} {each.unit}", bound, each.verdict, each.test)
     Console(width=180).print(table)
 

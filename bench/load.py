@@ -39,6 +39,7 @@ class Target:
     port: int
     path: str
     body: bytes | None
+    key: str | None = None
 
     def bodies(self, first_seed: int) -> Iterator[bytes | None]:
         """The body over and over, each with its own seed."""
@@ -58,6 +59,7 @@ class Record:
     done: float
     status: int
     body: bytes
+    retry_after: str | None = None  # seconds, where the answer says when to come again
 
     @property
     def latency(self) -> float:
@@ -83,7 +85,7 @@ async def open_loop(target: Target, arrivals: Sequence[float], first_seed: int =
 
     async def one(due: float, body: bytes | None) -> Record:
         await asyncio.sleep(due - (time.perf_counter() - started))
-        connection = idle.pop() if idle else Connection(target.host, target.port)
+        connection = idle.pop() if idle else Connection(target.host, target.port, target.key)
         record = await _send(connection, target.path, body, due, started)
         idle.append(connection)
         return record
@@ -101,7 +103,7 @@ async def closed_loop(target: Target, clients: int, seconds: float, first_seed: 
     bodies, started = target.bodies(first_seed), time.perf_counter()
 
     async def caller() -> None:
-        connection = Connection(target.host, target.port)
+        connection = Connection(target.host, target.port, target.key)
         while (now := time.perf_counter() - started) < seconds:
             records.append(await _send(connection, target.path, next(bodies), now, started))
         connection.close()
@@ -116,7 +118,8 @@ async def _send(connection: Connection, path: str, body: bytes | None, due: floa
         answer = await (connection.get(path) if body is None else connection.post(path, body))
     except OSError:
         return Record(due, sent, time.perf_counter() - started, _BROKEN, b"")
-    return Record(due, sent, time.perf_counter() - started, answer.status, answer.body)
+    done = time.perf_counter() - started
+    return Record(due, sent, done, answer.status, answer.body, answer.headers.get("retry-after"))
 
 
 def summary(records: Sequence[Record], clients: int | None = None) -> dict[str, Any]:
@@ -162,19 +165,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--body", type=Path, help=f"File with the JSON to POST; {SEED.decode()} becomes a number.")
     parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--key", help="API key, where one is asked for.")
     parser.add_argument("--records", type=Path, help="Write one JSON object per request to this file.")
     options = parser.parse_args(arguments)
     url = urlsplit(options.url)
     body = options.body.read_bytes() if options.body else None
-    target = Target(url.hostname or "127.0.0.1", url.port or 80, url.path, body)
+    target = Target(url.hostname or "127.0.0.1", url.port or 80, url.path, body, options.key)
     gc.disable()
+    begun, used = time.monotonic(), time.process_time()
     if options.rate:
         records = asyncio.run(open_loop(target, poisson(options.rate, options.seconds), options.first_seed))
     else:
         records = asyncio.run(closed_loop(target, options.clients, options.seconds, options.first_seed))
+    ended = time.monotonic()
+    cores = (time.process_time() - used) / (ended - begun)
     if options.records:
         options.records.write_text(json.dumps(details(records)))
-    json.dump(summary(records, options.clients), sys.stdout)
+    json.dump({**summary(records, options.clients), "client_cores": cores, "ended": ended}, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -45,13 +45,22 @@ class LoadClient:
         self._folder = folder
         self._next_seed = 1
 
-    def run(self, url: str, body: bytes | None, *, seconds: float, clients: int | None = None, rate: float = 0) -> Load:
+    def run(
+        self,
+        url: str,
+        body: bytes | None,
+        *,
+        seconds: float,
+        clients: int | None = None,
+        rate: float = 0,
+        key: str | None = None,
+    ) -> Load:
         """A closed loop of `clients`, or an open one at `rate` per second; without a body of GETs."""
         sent, seen = self._folder / "body.json", self._folder / "records.json"
         if body is not None:
             sent.write_bytes(body)
         how = ["--clients", str(clients)] if clients else ["--rate", str(rate)]
-        seeds = ["--first-seed", str(self._next_seed)]
+        seeds = ["--first-seed", str(self._next_seed), *(["--key", key] if key else [])]
         files = [*(["--body", str(sent)] if body is not None else []), "--records", str(seen)]
         command = [sys.executable, "-m", "bench.load", url, *how, "--seconds", str(seconds), *seeds, *files]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

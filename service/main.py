@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from typing import Final
 
@@ -23,6 +24,8 @@ from service.state import StateError
 _log = logging.getLogger(__name__)
 
 _BACKLOG: Final = 2048
+_ACCEPTED: Final = 8  # connections in a turn of the loop: uvloop takes one from each socket, and turns can be long
+_TURN_SECONDS: Final = 0.0001  # of a thread that others wait for: a network takes hundreds of turns for one batch
 _GARBAGE: Final = 50_000, 20, 50  # 512 candles are as many lists, and by the default one request meets two collections
 
 
@@ -65,11 +68,12 @@ async def _serve(
     try:
         async with app.router.lifespan_context(app):
             tasks = [
-                asyncio.create_task(server.serve(sockets=[listener]))
+                asyncio.create_task(server.serve(sockets=[listener, *(listener.dup() for _ in range(_ACCEPTED - 1))]))
                 for server, listener in zip(servers, (callers, admin), strict=True)
             ]
             while not all(server.started for server in servers) and not any(task.done() for task in tasks):
                 await asyncio.sleep(0.01)
+            sys.setswitchinterval(_TURN_SECONDS)
             gc.freeze()  # a full collection would look through all of torch, in the middle of a request
             gc.set_threshold(*_GARBAGE)
             on_ready(Listening(_url(callers), _url(admin), shows_docs(settings), services.access.own_key))

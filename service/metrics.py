@@ -31,7 +31,7 @@ OUTCOMES: Final = ("ok", "degraded", "invalid", "overloaded", "timeout", "cancel
 RELEASES: Final = ("idle", "freed", "oldest_deadline", "full", "alone", "memory")
 ROW_KINDS: Final = ("asked", "padding")
 CACHE_RESULTS: Final = ("hit", "miss", "coalesced", "bypass")
-REFUSALS: Final = ("full", "queue", "deadline")
+REFUSALS: Final = ("full", "share", "queue", "deadline")
 DENIALS: Final = (
     *("key_required", "malformed_key", "unknown_key", "expired_key"),
     *("scope_missing", "symbol_not_allowed", "quota_too_small", "quota_exceeded"),
@@ -156,7 +156,8 @@ class Metrics:
         )
         self.refusals = Counter(
             "candlecast_refusals_total",
-            "Requests refused early: no slot was free, the queue is too long for their deadline, or any would be.",
+            "Requests refused early: no slot was free or their client held its share, the queue is too long for their"
+            " deadline, or any would be.",
             ["reason"],
             registry=to,
         )

@@ -64,6 +64,7 @@ class Services:
     watch: WatchList
     traces: Traces | None = None
     repeats: Repeats = field(default_factory=Repeats)
+    under_way: set[bytes] = field(default_factory=set)  # digests of requests that are being answered
     now: Clock = field(default=wall_clock)
     started: bool = False
     draining: bool = False

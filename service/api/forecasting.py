@@ -17,7 +17,7 @@ from service.api.errors import InputError
 from service.api.parameters import SAMPLING, Parameters, require_enough, settle
 from service.api.schemas import ForecastRequest
 from service.api.sources import candles_in_body, candles_in_history, instant_of_knowledge, interval_meant
-from service.engine.batcher import Computed, DeadlineExceeded
+from service.engine.batcher import Computed, DeadlineExceeded, Place
 from service.engine.registry import LoadedModel
 from service.engine.series import Series
 from service.engine.shadows import is_of_share
@@ -94,17 +94,19 @@ async def settled(symbol: str, request: ForecastRequest, parts: Services, noted:
     )
 
 
-async def found_for(asked: Asked, may_share: bool, parts: Services, deadline: float) -> Found:
-    """The forecast, kept or computed; a computed one goes to the ledger."""
+async def found_for(
+    asked: Asked, may_share: bool, parts: Services, deadline: float, place: Place | None = None
+) -> Found:
+    """The forecast, kept or computed in its turn; a computed one goes to the ledger."""
     key = asked.key
     if not may_share:
-        computed, _ = await parts.engine.submit(asked.model, asked.item, deadline)
+        computed, _ = await parts.engine.submit(asked.model, asked.item, deadline, place=place)
         tell_computed(computed.timings)
         _note(asked, computed, parts)
         return Found(lasting_part(asked, computed), "bypass", computed.timings, computed.degraded)
     if asked.model.settled and (kept := await parts.cache.get(key, asked.issued_at)):
         return Found(kept, "hit")
-    computed, shared = await parts.engine.submit(asked.model, asked.item, deadline, key)
+    computed, shared = await parts.engine.submit(asked.model, asked.item, deadline, key, place)
     tell_computed(computed.timings)
     kept = lasting_part(asked, computed)
     if asked.model.settled:

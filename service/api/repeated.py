@@ -1,10 +1,11 @@
 """The straight line's short cut: a request whose bytes were answered before is answered without being read."""
 
 import asyncio
+import re
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 from fastapi import Response
 from starlette.requests import ClientDisconnect
@@ -15,11 +16,22 @@ from service.api.forecasting import WITHOUT_WEIGHTS
 from service.api.schemas import ForecastRequest, TimingsMs
 from service.api.security import Caller, GuardedRoute, caller_of
 from service.api.wire import StrictRequest, read_body
-from service.engine.batcher import DeadlineExceeded
+from service.engine.batcher import DeadlineExceeded, Overloaded, Place
 from service.engine.cache import Kept
 from service.engine.repeats import Facts, Repeat, StoredAs, request_digest
+from service.metrics import UNKNOWN_MODEL
 from service.services import Services
 from service.traces import tell
+
+_TIMEOUT: Final = re.compile(rb'"timeout_ms"\s*:\s*(\d{1,9})')
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """What is known of a request before it is read."""
+
+    digest: bytes | None = None
+    place: Place | None = None
 
 
 class AdmittedRoute(GuardedRoute):
@@ -35,8 +47,9 @@ class AdmittedRoute(GuardedRoute):
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         services: Services = scope["app"].state.services
-        with services.door.permit():
-            response = await self._answered(StrictRequest(scope, receive), services)
+        request = StrictRequest(scope, receive)
+        with services.door.permit(caller_of(request).client):
+            response = await self._answered(request, services)
         await response(scope, receive, send)
 
     async def _answered(self, request: StrictRequest, services: Services) -> Response:
@@ -55,9 +68,29 @@ class AdmittedRoute(GuardedRoute):
         digest = request_digest(symbol, request.headers.get("content-type", ""), sent)
         if (recalled := await _recalled(digest, caller_of(request), services)) is not None:
             return recalled
-        request.state.digest = digest
-        response: Response = await self.endpoint(symbol, services, request, await read_body(request, ForecastRequest))
+        place = None
+        if digest not in services.under_way:  # what is will share one computation
+            place = _place(sent, caller_of(request), services)
+        request.state.admitted = Admitted(digest, place)
+        services.under_way.add(digest)
+        try:
+            body = await read_body(request, ForecastRequest)
+            response: Response = await self.endpoint(symbol, services, request, body)
+        finally:
+            services.under_way.discard(digest)
+            services.engine.leave(place)
         return response
+
+
+def _place(sent: bytes, caller: Caller, parts: Services) -> Place:
+    """Overloaded where a request cannot be in time: known from its deadline alone, before the work of reading it."""
+    found = _TIMEOUT.search(sent)
+    milliseconds = int(found[1]) if found else parts.settings.request_timeout_ms
+    try:
+        return parts.engine.expect(time.monotonic() + milliseconds / 1000, caller.client)
+    except Overloaded:
+        parts.metrics.forecasts.labels(UNKNOWN_MODEL, "overloaded").inc()
+        raise
 
 
 async def _recalled(digest: bytes, caller: Caller, parts: Services) -> Response | None:

@@ -69,6 +69,11 @@ class Caller:
     grant: Grant | None = None
     headers: Sequence[tuple[bytes, bytes]] = ()  # about the quota
 
+    @property
+    def client(self) -> str | None:
+        """Whose key it is; None where none is asked for."""
+        return self.grant.name if self.grant else None
+
     def may_ask(self, symbol: str) -> bool:
         """Whether a normalised symbol is one that the key is for."""
         return self.grant is None or self.grant.covers(symbol)

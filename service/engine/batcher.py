@@ -1,13 +1,15 @@
 """Requests waiting for the engine. A batch is formed when the engine asks for one, never by a timer."""
 
 import asyncio
+import itertools
 import math
 import threading
 import time
-from collections.abc import Hashable
+from collections import Counter
+from collections.abc import Hashable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from models.forecaster import Forecast, ForecastInput, Row, pad_rows
 from service.engine.costs import Costs
@@ -90,6 +92,7 @@ class Job:
     future: asyncio.Future[Computed]
     deadline: float  # of the waiter whose time is up first: the order in which batches are formed
     until: float  # the deadline of the most patient waiter
+    client: str | None = None  # whose turn it takes; None: nobody's in particular, such as the service's own
     bucket: Hashable = None
     waiters: int = 0
     encoded: Future[Row] | None = None
@@ -111,6 +114,17 @@ class Job:
         return self.encoded.result()
 
 
+@dataclass(eq=False, frozen=True)
+class Place:
+    """In line, of a request that is no job yet: who comes after it counts it, though it is still being read."""
+
+    deadline: float
+    client: str | None
+
+
+_Due = TypeVar("_Due", Job, Job | Place)
+
+
 @dataclass(frozen=True)
 class Bound:
     """The jobs of one batch, and why they are no more and no others."""
@@ -120,12 +134,20 @@ class Bound:
 
 
 class Batcher:
-    """One queue per bucket, filled by the event loop and emptied by the engine's thread."""
+    """One queue per bucket, filled by the event loop and emptied by the engine's thread.
+
+    Clients take turns, and of each the job with the earliest deadline comes first: start-time fair queueing (Goyal, Vin
+    and Cheng, IEEE/ACM ToN 1997), counted in jobs. What is nobody's in particular waits for no turn: it goes by its
+    deadline, behind everything that is due before it. So does everything where there is one client or none.
+    """
 
     def __init__(self, max_rows: int) -> None:
         self._max_rows = max_rows
         self._costs = Costs()
         self._waiting: dict[Hashable, list[Job]] = {}
+        self._coming: set[Place] = set()
+        self._turn = 0  # of the first job that was taken last
+        self._turns: dict[str, int] = {}  # of each client, its next one: it has had those before
         self._running: Job | None = None  # the first of its batch
         self._running_rows = 0
         self._running_since = 0.0
@@ -149,17 +171,40 @@ class Batcher:
         with self._changed:
             if self._running is not None:
                 return None
-            return min((job.enqueued for waiting in self._waiting.values() for job in waiting), default=None)
+            return min((job.enqueued for job in self._all()), default=None)
 
-    def put(self, job: Job) -> None:
+    def put(self, job: Job, place: Place | None = None) -> None:
         """Queue a job; Overloaded or DeadlineExceeded if it cannot be in time, EngineStopped once closed."""
         with self._changed:
             if self._closed:
                 raise EngineStopped
+            self._leave(place)
             self._forget_unwanted()
             self._admit(job)
             self._waiting.setdefault(job.bucket, []).append(job)
             self._changed.notify()
+
+    def expect(self, deadline: float, client: str | None) -> Place:
+        """A place until `put` or `leave`; Overloaded if no job like those here could be in time: unread."""
+        place = Place(deadline, client)
+        with self._changed:
+            self._forget_unwanted()
+            left = deadline - time.monotonic()
+            here = [waiting[0] for waiting in self._waiting.values()] or ([self._running] if self._running else [])
+            waits = [self._wait(job, self._earlier(place, job.bucket)) for job in here]
+            if waits and all(before + own > left for before, own in waits):
+                raise _overloaded(min(before for before, _ in waits))
+            self._coming.add(place)
+        return place
+
+    def leave(self, place: Place | None) -> None:
+        """Give a place up; again, it changes nothing."""
+        with self._changed:
+            self._leave(place)
+
+    def _leave(self, place: Place | None) -> None:
+        if place:
+            self._coming.discard(place)
 
     def put_back(self, jobs: list[Job], retry: Retry) -> bool:
         """Queue `jobs` again, for batches of their own; False once closed."""
@@ -172,16 +217,20 @@ class Batcher:
             self._changed.notify()
             return True
 
-    def join(self, job: Job, deadline: float) -> bool:
-        """Wait for `job` too, in time for another deadline; False if it is being given up."""
+    def join(self, job: Job, deadline: float, client: str | None = None) -> bool:
+        """Wait for `job` too, in time for another deadline and in the shorter line; False if it is being given up."""
         with self._changed:
             if not job.wanted:
                 return False
             job.deadline, job.until = min(job.deadline, deadline), max(job.until, deadline)
+            if client is not None:
+                lines = Counter(other.client for other in self._all())
+                if job.client is None or lines[client] < lines[job.client]:
+                    job.client = client
             return True
 
     def take(self) -> Bound | None:
-        """Block until jobs wait; then those of the bucket with the oldest deadline. None once closed."""
+        """Block until jobs wait; then those of the bucket of the first in turn. None once closed."""
         idle = False
         with self._changed:
             self._running = None
@@ -205,7 +254,7 @@ class Batcher:
         """Predicted time until everything that waits and runs now is done."""
         with self._changed:
             return self._left_to_run() + sum(
-                self._seconds_of(bucket, len(waiting)) for bucket, waiting in self._waiting.items()
+                self._seconds_of(waiting[0], len(waiting)) for waiting in self._waiting.values()
             )
 
     def has_full_batch(self) -> bool:
@@ -217,51 +266,109 @@ class Batcher:
         """Wake the engine for the last time and hand back whatever waits."""
         with self._changed:
             self._closed = True
-            left = [job for waiting in self._waiting.values() for job in waiting]
+            left = list(self._all())
             self._waiting.clear()
             self._changed.notify_all()
         return left
 
+    def _all(self) -> Iterable[Job]:
+        return itertools.chain.from_iterable(self._waiting.values())
+
+    def _in_turn(self, jobs: Iterable[_Due]) -> list[tuple[int, _Due]]:
+        """The jobs in the order in which they are due, each with its turn."""
+        turns: dict[str, int] = {}
+        last = self._turn
+        found = []
+        for job in sorted(jobs, key=lambda job: job.deadline):
+            turn = last
+            if job.client is not None:
+                turn = turns.get(job.client) or max(self._turn, self._turns.get(job.client, 0))
+                turns[job.client] = turn + 1
+                last = max(last, turn + 1)
+            found.append((turn, job))
+        return sorted(found, key=lambda each: each[0])  # stable: those of one turn by their deadline
+
     def _bind(self, idle: bool) -> Bound:
-        bucket = min(self._waiting, key=lambda key: min(job.deadline for job in self._waiting[key]))
+        ordered = self._in_turn(self._all())
+        self._turn, first = ordered[0]
         several = len(self._waiting) > 1
-        waiting = sorted(self._waiting.pop(bucket), key=lambda job: job.deadline)
-        retry = waiting[0].retry
-        rows = retry.rows if retry else self._rows_of(waiting[0])
-        jobs = [job for job in waiting if job.retry == retry][:rows]
+        waiting = [job for _, job in ordered if job.bucket == first.bucket]
+        del self._waiting[first.bucket]
+        retry = first.retry
+        rows = retry.rows if retry else self._rows_of(first)
+        mates = [job for job in waiting if job.retry == retry]
+        jobs = mates[:rows] if retry else self._in_time(mates, rows)
         if left := [job for job in waiting if job not in jobs]:
-            self._waiting[bucket] = left
+            self._waiting[first.bucket] = left
+        self._take_turns(jobs)
         if retry:
             return Bound(jobs, retry.reason)
         if len(jobs) == rows:
             return Bound(jobs, "full")
         return Bound(jobs, "idle" if idle else "oldest_deadline" if several else "freed")
 
+    def _in_time(self, waiting: list[Job], rows: int) -> list[Job]:
+        """The largest batch that is predicted to be in time for all of its jobs, else the first of them.
+
+        What would be late is left out: computed all the same, it would make those behind it late, and they others.
+        """
+        now, size = time.monotonic(), min(rows, len(waiting))
+        while size:
+            seconds = self._costs.predict(waiting[0].bucket, pad_rows(size))
+            jobs = [job for job in waiting if now + seconds <= job.until][:size]
+            if len(jobs) == size:
+                return jobs
+            size = len(jobs) or size // 2
+        return waiting[:1]
+
+    def _take_turns(self, jobs: Iterable[Job]) -> None:
+        if not self._waiting:  # nobody had to wait for these
+            self._turns.clear()
+            return
+        for job in jobs:
+            if job.client is not None:
+                self._turns[job.client] = max(self._turn, self._turns.get(job.client, 0)) + 1
+
     def _rows_of(self, job: Job) -> int:
-        return min(self._max_rows, job.model.forecaster.max_rows(job.item))
+        """Rows of a batch: so many that whoever comes while it runs can be in time with the next one."""
+        rows = min(self._max_rows, job.model.forecaster.max_rows(job.item))
+        while rows > 1 and self._costs.predict(job.bucket, pad_rows(rows)) > (job.deadline - job.enqueued) / 2:
+            rows //= 2
+        return rows
 
     def _admit(self, job: Job) -> None:
         """Refuse what is predicted to be late: at once, while the caller can still ask elsewhere."""
         left = job.deadline - time.monotonic()
-        own = self._costs.predict(job.bucket, pad_rows(1))
-        if own > left:
-            raise DeadlineExceeded(f"the forecast takes about {1e3 * own:.0f} ms, more than the deadline leaves")
-        before = self._left_to_run()
-        for bucket, waiting in self._waiting.items():
-            earlier = sum(other.deadline <= job.deadline for other in waiting)
-            if bucket == job.bucket:
-                earlier -= earlier % self._rows_of(job)  # the rest share its batch
-            before += self._seconds_of(bucket, earlier)
+        alone = self._costs.predict(job.bucket, pad_rows(1))
+        if alone > left:
+            raise DeadlineExceeded(f"the forecast takes about {1e3 * alone:.0f} ms, more than the deadline leaves")
+        before, own = self._wait(job, self._earlier(job, job.bucket))
         if before + own > left:
-            raise Overloaded(f"what waits takes about {1e3 * before:.0f} ms, more than the deadline leaves", before)
+            raise _overloaded(before)
 
-    def _seconds_of(self, bucket: Hashable, count: int) -> float:
-        """Predicted time of `count` waiting jobs of a bucket."""
-        rows = self._rows_of(self._waiting[bucket][0])
+    def _earlier(self, comer: Job | Place, bucket: Hashable) -> Counter[Hashable]:
+        """How many of each bucket come before what does not wait yet; those being read are taken for its own."""
+        ordered = (due for _, due in self._in_turn([*self._all(), *self._coming, comer]))
+        before = itertools.takewhile(lambda due: due is not comer, ordered)
+        return Counter(due.bucket if isinstance(due, Job) else bucket for due in before)
+
+    def _wait(self, job: Job, earlier: Counter[Hashable]) -> tuple[float, float]:
+        """Predicted seconds until the batch of a job begins before which so many come, and of that batch."""
+        rows = self._rows_of(job)
+        batches, mates = divmod(earlier[job.bucket], rows)
+        before = self._left_to_run() + self._seconds_of(job, batches * rows)
+        for bucket, count in earlier.items():
+            if bucket != job.bucket:
+                before += self._seconds_of(self._waiting[bucket][0], count)
+        # Where a whole batch waits already, this one will be whole too.
+        return before, self._costs.predict(job.bucket, pad_rows(rows if batches else mates + 1))
+
+    def _seconds_of(self, job: Job, count: int) -> float:
+        """Predicted time of `count` jobs like this one."""
+        rows = self._rows_of(job)
         batches, rest = divmod(count, rows)
-        return batches * self._costs.predict(bucket, pad_rows(rows)) + self._costs.predict(
-            bucket, pad_rows(rest) if rest else 0
-        )
+        whole = batches * self._costs.predict(job.bucket, pad_rows(rows))
+        return whole + self._costs.predict(job.bucket, pad_rows(rest) if rest else 0)
 
     def _left_to_run(self) -> float:
         if self._running is None:
@@ -277,3 +384,7 @@ class Batcher:
                 self._waiting[bucket] = wanted
             else:
                 del self._waiting[bucket]
+
+
+def _overloaded(seconds: float) -> Overloaded:
+    return Overloaded(f"what waits takes about {1e3 * seconds:.0f} ms, more than the deadline leaves", seconds)

@@ -27,6 +27,7 @@ from service.engine.batcher import (
     MemberForecast,
     OutOfMemory,
     Overloaded,
+    Place,
     Retry,
     Timings,
 )
@@ -82,8 +83,8 @@ class Engine:
         self._flights: dict[bytes, Job] = {}  # by what is computed
         self._running: set[_Running] = set()
         self._thread: threading.Thread | None = None
-        self._encoder = ThreadPoolExecutor(1, "engine-encode")
-        self._finisher = ThreadPoolExecutor(1, "engine-finish")
+        self._encoder = ThreadPoolExecutor(1, "engine-encode", torch.get_num_threads)
+        self._finisher = ThreadPoolExecutor(1, "engine-finish", torch.get_num_threads)
         self._finishing: Future[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         metrics.queue_depth.set_function(lambda: batcher.depth)
@@ -115,36 +116,54 @@ class Engine:
             await asyncio.to_thread(pool.shutdown)
 
     async def submit(
-        self, model: LoadedModel, item: ForecastInput, deadline: float, key: bytes | None = None
+        self,
+        model: LoadedModel,
+        item: ForecastInput,
+        deadline: float,
+        key: bytes | None = None,
+        place: Place | None = None,
     ) -> tuple[Computed, bool]:
         """The forecast of `item`, and whether it is shared with a request that came earlier.
 
         Requests with equal keys share one computation, which goes on while any of them waits. `deadline` is in
-        `time.monotonic()` seconds. Raises Overloaded, DeadlineExceeded, EngineStopped, or whatever the model
-        raised for the batch.
+        `time.monotonic()` seconds; `place` says whose turn it takes. Raises Overloaded, DeadlineExceeded,
+        EngineStopped, or whatever the model raised for the batch.
         """
         if model.members:
-            return await self._blend(model, item, deadline, shares=key is not None)
+            return await self._blend(model, item, deadline, place, shares=key is not None)
         while True:
             if not self.alive:
                 raise EngineStopped
             if time.monotonic() >= deadline:
                 raise DeadlineExceeded
             flight = self._flights.get(key) if key else None
-            shared = flight is not None and self._batcher.join(flight, deadline)
-            job = flight if flight and shared else self._enqueue(model, item, deadline, key)
+            shared = flight is not None and self._batcher.join(flight, deadline, place.client if place else None)
+            job = flight if flight and shared else self._enqueue(model, item, deadline, key, place)
             with contextlib.suppress(Abandoned):  # given up in the moment in which this request joined
                 return await _wait(job, deadline), shared
 
+    def expect(self, deadline: float, client: str | None) -> Place:
+        """A place for a request that is to be read; Overloaded if one like those here would be refused."""
+        try:
+            return self._batcher.expect(deadline, client)
+        except Overloaded:
+            self._metrics.refusals.labels("queue").inc()
+            raise
+
+    def leave(self, place: Place | None) -> None:
+        """The request with this place was answered, whether or not a job came of it."""
+        self._batcher.leave(place)
+
     async def _blend(
-        self, model: LoadedModel, item: ForecastInput, deadline: float, *, shares: bool
+        self, model: LoadedModel, item: ForecastInput, deadline: float, place: Place | None, *, shares: bool
     ) -> tuple[Computed, bool]:
         """Each member's forecast from that member's own queue, combined; the first that fails fails all."""
         ensemble = model.forecaster
         assert isinstance(ensemble, EnsembleForecaster)
         asked = [(each, member.asked(item)) for each, member in zip(model.members, ensemble.members, strict=True)]
         tasks = [
-            asyncio.create_task(self.submit(*pair, deadline, forecast_key(*pair) if shares else None)) for pair in asked
+            asyncio.create_task(self.submit(*pair, deadline, forecast_key(*pair) if shares else None, place))
+            for pair in asked
         ]
         try:
             found = await asyncio.gather(*tasks)
@@ -164,10 +183,14 @@ class Engine:
             item = probe(model.forecaster, 0, context=context)
             await self.submit(model, item, time.monotonic() + seconds)
 
-    def _enqueue(self, model: LoadedModel, item: ForecastInput, deadline: float, key: bytes | None) -> Job:
-        job = Job(model, item, asyncio.get_running_loop().create_future(), deadline, deadline)
+    def _enqueue(
+        self, model: LoadedModel, item: ForecastInput, deadline: float, key: bytes | None, place: Place | None
+    ) -> Job:
+        job = Job(
+            model, item, asyncio.get_running_loop().create_future(), deadline, deadline, place.client if place else None
+        )
         try:
-            self._batcher.put(job)
+            self._batcher.put(job, place)
         except (Overloaded, DeadlineExceeded) as refusal:
             self._metrics.refusals.labels("queue" if isinstance(refusal, Overloaded) else "deadline").inc()
             raise
@@ -183,6 +206,7 @@ class Engine:
             del self._flights[key]
 
     def _work(self) -> None:
+        torch.get_num_threads()  # a thread has OpenMP's own number of threads until it asks for torch's
         while self._computed_next():
             pass
 

@@ -1,6 +1,7 @@
 """Which jobs a batch holds and why, and which requests are refused before they wait."""
 
 import asyncio
+import random
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,13 +21,13 @@ MakeJob = Callable[..., Job]
 
 @pytest.fixture
 def job(put_naive: PutNaive, faulty: Faulty, forecast_input: Callable[..., ForecastInput]) -> MakeJob:
-    """A job `seconds` before its deadline; jobs of one horizon share a bucket."""
+    """A job of a client, `seconds` before its deadline; jobs of one horizon share a bucket."""
     manifest: Manifest = put_naive()
 
-    def make(seconds: float = 100.0, horizon: int = 3, seed: int = 0) -> Job:
+    def make(seconds: float = 100.0, horizon: int = 3, seed: int = 0, client: str | None = None) -> Job:
         deadline = time.monotonic() + seconds
         future = asyncio.get_running_loop().create_future()
-        return Job(LoadedModel(manifest, faulty), forecast_input(seed, horizon), future, deadline, deadline)
+        return Job(LoadedModel(manifest, faulty), forecast_input(seed, horizon), future, deadline, deadline, client)
 
     return make
 
@@ -137,6 +138,121 @@ async def test_the_batch_that_runs_counts_until_it_should_have_ended(job: MakeJo
         batcher.put(job(60))
     batcher.record(job().bucket, 1, 0.001)
     assert batcher.drain_seconds() <= 0.001
+
+
+async def test_a_batch_ends_before_those_who_come_meanwhile_would_be_late(job: MakeJob) -> None:
+    batcher = Batcher(max_rows=8)
+    for rows, seconds in ((1, 1.0), (2, 1.5), (4, 2.5), (8, 4.5)):
+        batcher.record(job().bucket, rows, seconds)
+    for _ in range(8):
+        batcher.put(job(6))
+    with pytest.raises(Overloaded):  # the third batch, which would be as whole as the first two
+        batcher.put(job(6))
+    assert [len(take(batcher).jobs) for _ in range(2)] == [4, 4]
+
+
+async def test_what_would_be_late_makes_nobody_else_late(job: MakeJob) -> None:
+    batcher = Batcher(max_rows=2)
+    late = [job(1.8, seed=seed) for seed in range(3)]
+    others = [job(9), job(10)]
+    for each in late + others:
+        each.enqueued -= 90  # a while ago
+        batcher.put(each)
+    batcher.record(late[0].bucket, 1, 1.5)
+    batcher.record(late[0].bucket, 2, 2.0)
+    assert take(batcher).jobs == others
+    assert take(batcher).jobs == late[:1]
+    assert batcher.depth == 2
+
+
+# -- clients -------------------------------------------------------------------------------------
+
+
+def taken(batcher: Batcher) -> list[Job]:
+    """Everything that waits, in the order in which it is taken."""
+    found = []
+    while batcher.depth:
+        found += take(batcher).jobs
+    return found
+
+
+@pytest.mark.parametrize("clients", [[None], ["a"], ["a", None]])
+async def test_one_client_and_what_is_nobody_s_go_by_deadline_alone(job: MakeJob, clients: list[str | None]) -> None:
+    draw = random.Random(5)
+    jobs = [job(draw.uniform(50, 90), draw.choice((3, 9)), client=draw.choice(clients)) for _ in range(30)]
+    batcher = Batcher(max_rows=1)
+    for each in jobs[:20]:
+        batcher.put(each)
+    first = [take(batcher).jobs[0] for _ in range(9)]
+    for each in jobs[20:]:
+        batcher.put(each)
+    by_deadline = sorted(jobs[:20], key=lambda each: each.deadline)
+    assert first == by_deadline[:9]
+    assert taken(batcher) == sorted(by_deadline[9:] + jobs[20:], key=lambda each: each.deadline)
+
+
+@pytest.mark.parametrize("horizon", [3, 9])  # of one bucket, and of two
+async def test_clients_take_turns_however_many_jobs_one_of_them_has(job: MakeJob, horizon: int) -> None:
+    flood = [job(10 + place, client="flood") for place in range(6)]
+    few = [job(90 + place, horizon, client="few") for place in range(3)]
+    batcher = Batcher(max_rows=1)
+    for each in flood[:5] + few:
+        batcher.put(each)
+    order = [take(batcher).jobs[0] for _ in range(2)]
+    batcher.put(flood[5])
+    assert order + taken(batcher) == [flood[0], few[0], flood[1], few[1], flood[2], few[2], *flood[3:]]
+
+
+async def test_a_newcomer_is_not_refused_for_what_another_client_has_waiting(job: MakeJob) -> None:
+    batcher = Batcher(max_rows=1)
+    batcher.record(job().bucket, 1, 2.0)
+    for _ in range(5):
+        batcher.put(job(11, client="flood"))
+    late = time.monotonic() + 11
+    for client in ("flood", None):
+        with pytest.raises(Overloaded):
+            batcher.put(job(11, client=client))
+        with pytest.raises(Overloaded):
+            batcher.expect(late, client)
+    batcher.expect(late, "new")
+    batcher.put(job(11, client="new"))
+    assert [each.client for each in taken(batcher)][:2] == ["flood", "new"]
+
+
+async def test_requests_that_are_being_read_are_counted_by_those_who_come_after_them(job: MakeJob) -> None:
+    batcher = Batcher(max_rows=1)
+    batcher.record(job().bucket, 1, 2.0)
+    batcher.put(job(11))
+    late = time.monotonic() + 11
+    places = [batcher.expect(late, None) for _ in range(4)]
+    with pytest.raises(Overloaded):
+        batcher.expect(late, None)
+    batcher.put(job(10), places.pop())  # who had a place takes no other one
+    with pytest.raises(Overloaded):
+        batcher.expect(late, None)
+    batcher.leave(places.pop())
+    batcher.expect(late, None)
+
+
+async def test_turns_that_nobody_waited_for_are_forgotten(job: MakeJob) -> None:
+    batcher = Batcher(max_rows=8)
+    for _ in range(8):
+        batcher.put(job(client="a"))
+    take(batcher)
+    batcher.put(job(10, 3, client="a"))
+    batcher.put(job(20, 9, client="b"))
+    assert [each.client for each in taken(batcher)] == ["a", "b"]
+
+
+async def test_who_joins_waits_in_the_shorter_line(job: MakeJob) -> None:
+    batcher = Batcher(max_rows=1)
+    flood = [job(10 + place, client="flood") for place in range(3)]
+    for each in flood:
+        batcher.put(each)
+    assert batcher.join(flood[2], time.monotonic() + 50, "few")
+    assert batcher.join(flood[2], time.monotonic() + 50, None)
+    assert batcher.join(flood[2], time.monotonic() + 50, "flood")
+    assert taken(batcher) == [flood[0], flood[2], flood[1]]
 
 
 async def test_a_closed_batcher_takes_and_gives_nothing(job: MakeJob) -> None:

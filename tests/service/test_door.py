@@ -1,10 +1,17 @@
 """Requests are turned away before their body is read, and every permit comes back."""
 
 import asyncio
+import contextlib
+from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
+from service.engine.batcher import Batcher, Overloaded
+from service.engine.door import Door
+from service.keys import KeyFile, grant
+from service.metrics import Metrics
 from tests.service.test_engine import NAIVE, ask, body_of, caller, counted, held, over_asgi, until, waiting
 
 pytestmark = pytest.mark.anyio
@@ -102,3 +109,95 @@ async def test_every_way_out_gives_the_permit_back(running: Any, rows: Any, faul
             faulty.encoded.clear()
             faulty.open.set()
             assert (await ask(client, rows, cache="bypass")).status_code == 200
+
+
+# -- clients -------------------------------------------------------------------------------------
+
+
+def entered(door: Door, client: str | None, inside: contextlib.ExitStack, most: int = 100) -> int:
+    """How many permits a client gets who takes all that it can."""
+    for count in range(most):
+        try:
+            inside.enter_context(door.permit(client))
+        except Overloaded:
+            return count
+    return most
+
+
+def test_a_client_leaves_room_for_the_next_and_takes_it_back_when_that_has_gone() -> None:
+    door = Door(100, Batcher(1), Metrics(CollectorRegistry()))
+    with contextlib.ExitStack() as first:
+        assert entered(door, "a", first) == 80
+        with contextlib.ExitStack() as second:
+            assert entered(door, "b", second) == 16
+            assert entered(door, "c", first, most=3) == 3
+        assert entered(door, "a", first) == 0
+    with contextlib.ExitStack() as again:
+        assert entered(door, "b", again) == 80
+
+
+def test_without_keys_everybody_together_may_take_every_permit() -> None:
+    door = Door(100, Batcher(1), Metrics(CollectorRegistry()))
+    with contextlib.ExitStack() as inside:
+        assert entered(door, None, inside, most=200) == 100
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Any:
+    """The header with a new key of a client."""
+    file = KeyFile(tmp_path / "home" / "keys.json")
+
+    def make(client: str) -> dict[str, str]:
+        return {"Authorization": f"Bearer {file.make(grant(name=client, scopes=['forecast']))[0]}"}
+
+    return make
+
+
+async def test_a_client_that_floods_neither_keeps_another_out_nor_makes_it_wait(
+    running: Any, rows: Any, faulty: Any, faulty_build: Any, keys: Any
+) -> None:
+    flood, other = keys("flood"), keys("other")
+
+    def send(key: Any, seed: int) -> asyncio.Task[Any]:
+        body = NAIVE | {"candles": rows(8), "seed": seed, "timeout_ms": 60_000 if key is other else 20_000}
+        return asyncio.create_task(client.post("/forecast/BTC", json=body, headers=key))
+
+    async with running(build=faulty_build, max_queue=16, max_batch_rows=4) as (client, app):
+        faulty.open.clear()
+        many = [send(flood, 0)]
+        await until(faulty.entered.is_set)
+        many += [send(flood, seed) for seed in range(1, 200)]
+        await until(lambda: sum(task.done() for task in many) == 200 - 16 and waiting(app) == 15)
+        few = [send(other, seed) for seed in (1000, 1001)]
+        await until(lambda: waiting(app) == 17)
+        faulty.open.set()
+        answers, others = await asyncio.gather(*many), await asyncio.gather(*few)
+        refused = [answer for answer in answers if answer.status_code != 200]
+        assert {answer.status_code for answer in refused} == {503}
+        assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
+        assert len(refused) == 200 - 16 == counted(app, "refusals_total", reason="share")
+    assert {answer.status_code for answer in others} == {200}
+    assert set(faulty.batches[1]) > {1000, 1001}
+
+
+async def test_what_cannot_be_in_time_is_refused_unread_unless_it_is_being_computed(
+    running: Any, rows: Any, faulty: Any, faulty_build: Any
+) -> None:
+    async with running(build=faulty_build, max_batch_rows=1) as (client, app):
+        first = await held(client, rows, faulty)
+        inside = [ask(client, rows, seed=seed) for seed in (1, 2)]
+        await until(lambda: waiting(app) == 2)
+        batcher = app.state.services.engine._batcher
+        [[job, other]] = batcher._waiting.values()
+        batcher.record(job.bucket, 1, 9.0)  # each: the second ends before the 20 seconds are over, a third would not
+        json = {"content-type": "application/json"}
+        refused = await client.post("/forecast/BTC", content=b"{", headers=json)
+        assert (refused.status_code, refused.json()["code"]) == (503, "overloaded")
+        assert int(refused.headers["retry-after"]) >= 18
+        patient = await client.post("/forecast/BTC", content=b'{"timeout_ms": 60000', headers=json)
+        assert patient.status_code == 400
+        again = ask(client, rows, seed=2)
+        await until(lambda: 2 in (job.waiters, other.waiters))
+        faulty.open.set()
+        assert {answer.status_code for answer in await asyncio.gather(first, *inside, again)} == {200}
+        assert counted(app, "refusals_total", reason="queue") == 1

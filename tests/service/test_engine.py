@@ -1,11 +1,14 @@
 """Late binding, deadlines, cancellation, faults: what the engine does with what waits."""
 
 import asyncio
+import ctypes
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.anyio
 
@@ -137,7 +140,7 @@ async def test_what_cannot_be_in_time_is_refused_at_once(
     async with running(build=faulty_build) as (client, app):
         version = (await ask(client, rows, seed=7)).json()["model"]["version"]
         batcher = app.state.services.engine._batcher
-        batcher.record(((f"naive@{version}", "eager", "float32"), 3), 1, 50.0)  # a fifth of it counts
+        batcher.record(((f"naive@{version}", "eager", "float32"), 3), 1, 25.0)  # two fifths of it count
         batcher.record(((f"naive@{version}", "eager", "float32"), 5), 1, 1000.0)
         hopeless = await ask(client, rows, seed=1, timeout_ms=90_000, horizon=5)
         assert (hopeless.status_code, hopeless.json()["code"]) == (504, "deadline_exceeded")
@@ -361,6 +364,26 @@ async def test_a_run_that_hangs_fails_liveness_until_it_ends(
         faulty.open.set()
         assert (await first).status_code == 200
         assert (await client.get("/livez")).status_code == 200
+
+
+async def test_networks_run_on_as_many_threads_as_the_setting_says(
+    running: Any, rows: Any, faulty: Any, faulty_build: Any, monkeypatch: Any
+) -> None:
+    known, run, counts = torch.get_num_threads(), faulty.run, []
+    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
+    openmp = [ctypes.CDLL(path) for path in mapped]  # to ask torch would change what it says
+
+    def counting(*given: Any) -> Any:
+        counts.append(max(each.omp_get_max_threads() for each in openmp))
+        return run(*given)
+
+    monkeypatch.setattr(faulty, "run", counting)
+    try:
+        async with running(build=faulty_build, threads=known + 1) as (client, _):
+            assert (await ask(client, rows)).status_code == 200
+    finally:
+        torch.set_num_threads(known)
+    assert set(counts) == {known + 1}
 
 
 @pytest.mark.filterwarnings("ignore:Exception in thread engine")

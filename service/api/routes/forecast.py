@@ -9,11 +9,11 @@ from starlette.exceptions import HTTPException
 from model_store.files import VersionNotFound
 from service.api.errors import problems
 from service.api.forecasting import Noted, found_for, settled
-from service.api.repeated import AdmittedRoute, answer, remember
+from service.api.repeated import Admitted, AdmittedRoute, answer, remember
 from service.api.schemas import ForecastAnswer, ForecastRequest, Symbol, normalise_symbol
 from service.api.security import Caller, caller_of, open_to
 from service.api.wire import ClientGone, unless_gone
-from service.engine.batcher import DeadlineExceeded, Overloaded
+from service.engine.batcher import DeadlineExceeded, Overloaded, Place
 from service.engine.history import UnknownSymbol
 from service.services import Parts, Services
 
@@ -35,8 +35,8 @@ async def post_forecast(
     noted = Noted()
     try:
         name, caller = normalise_symbol(symbol), caller_of(request)
-        digest: bytes | None = getattr(request.state, "digest", None)
-        return await unless_gone(request, _answer(name, asked, digest, caller, parts, noted))
+        admitted: Admitted = getattr(request.state, "admitted", Admitted())
+        return await unless_gone(request, _answer(name, asked, admitted, caller, parts, noted))
     except ClientGone:
         noted.outcome = "cancelled"
         return Response(status_code=499)  # never read
@@ -48,7 +48,7 @@ async def post_forecast(
 
 
 async def _answer(
-    symbol: str, request: ForecastRequest, digest: bytes | None, caller: Caller, parts: Services, noted: Noted
+    symbol: str, request: ForecastRequest, admitted: Admitted, caller: Caller, parts: Services, noted: Noted
 ) -> Response:
     started = time.monotonic()
     deadline = started + (request.timeout_ms or parts.settings.request_timeout_ms) / 1000
@@ -60,10 +60,11 @@ async def _answer(
             raise DeadlineExceeded from None
         raise
     await parts.access.charge(caller, asked.cost, parts.quotas)
-    found = await found_for(asked, request.cache == "use", parts, deadline)
+    place = admitted.place or Place(deadline, caller.client)
+    found = await found_for(asked, request.cache == "use", parts, deadline, place)
     noted.outcome = "degraded" if asked.degraded or found.degraded else "ok"
-    if digest and found.cache != "bypass":
-        remember(digest, asked, found.kept, parts)
+    if admitted.digest and found.cache != "bypass":
+        remember(admitted.digest, asked, found.kept, parts)
     return answer(found, asked.facts, asked.issued_at, started, parts)
 
 

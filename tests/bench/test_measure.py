@@ -24,6 +24,7 @@ def bench():
         yield bench
 
 
+@pytest.mark.long
 def test_a_forecast_is_timed_beside_the_reference(bench):
     [row] = forecasts.kronos_one_path(bench)
     assert row.reached > 0
@@ -66,6 +67,7 @@ def test_a_curve_has_a_time_for_every_value(bench):
     assert all(len(times) == 3 for times in curve.milliseconds.values())
 
 
+@pytest.mark.long
 def test_service_is_measured_over_http(bench):
     middle, worst = http.overhead(bench)
     assert 0 < middle.reached <= worst.reached

@@ -149,6 +149,7 @@ def answer_to(curl: str) -> dict[str, Any]:
         return dict(json.load(answer))
 
 
+@pytest.mark.long
 def test_the_first_start_ends_with_a_forecast_of_each_model(machine: Callable[..., Any], put_tiny: Any) -> None:
     place = machine()
     for family in ("toto", "kronos"):  # so that there is nothing to train

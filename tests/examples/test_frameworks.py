@@ -178,9 +178,8 @@ def test_every_bot_trades_what_its_model_has_not_learned_from(url: str, candles:
             with Candlecast(asked["url"]) as client:
                 since = held_out_since(client, "kronos")
         runs = {name: bot(tmp_path / name, candles, since, **asked) for name, bot in bots.items()}
-    print(
-        f"GOOG by {asked['model']}, {since:%Y-%m-%d} to {candles.index[-1]:%Y-%m-%d}, acted on regardless, 0.1 % a trade"
-    )
+    days = f"{since:%Y-%m-%d} to {candles.index[-1]:%Y-%m-%d}"
+    print(f"GOOG by {asked['model']}, {days}, acted on regardless, 0.1 % a trade")
     for name, run in runs.items():
         print(f"{name:11} {run.account:+7.1f} %   buy and hold {run.market:+7.1f} %")
     print("One stretch of one series: it shows how to ask, and promises nothing.")

@@ -291,6 +291,7 @@ async def counted(site: Site, outcome: str) -> float:
     return sum([await replica.counted(series) for replica in site.replicas])
 
 
+@pytest.mark.long
 async def test_replicas_are_replaced_in_turn_under_load_without_a_failed_request(site: Site, candles: Any) -> None:
     old = list(site.replicas)
     asked = {"model": "naive", "horizon": STEPS, "interval": "1h", "seed": "@seed@", "timeout_ms": 60_000}
@@ -452,6 +453,7 @@ async def all_noted(market: Market, state: State) -> bool:
 # -- callers who hang up -------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 async def test_a_thousand_callers_who_hang_up_leave_nothing_behind(site: Site, candles: Any) -> None:
     replica, draw, symbols = site.replicas[0], random.Random(18), [f"GONE{number}" for number in range(5)]
     for number, symbol in enumerate(symbols):

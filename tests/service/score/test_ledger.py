@@ -438,6 +438,7 @@ async def test_a_thousand_random_histories_equal_a_brute_force_to_the_last_unit(
     assert scored > 5_000
 
 
+@pytest.mark.long
 async def test_the_server_may_be_killed_between_any_two_messages(tmp_path: Path) -> None:
     state = State(None, tmp_path, Metrics(CollectorRegistry()))
     await state.start()

@@ -42,11 +42,7 @@ def strict_json(body: bytes) -> Any:
     if len(body) > _MOST_VALUES and sum(map(body.count, (b",", b"[", b"{"))) > _MOST_VALUES:
         raise BodyTooLarge(f"the body holds more than {_MOST_VALUES} values")
     parsed = _plain_object(body)
-    if parsed is None:
-        parsed = _any_json(body)
-    if isinstance(parsed, dict) and len(parsed) > _MOST_MEMBERS:  # the first already say that it is no request
-        return dict(itertools.islice(parsed.items(), _MOST_MEMBERS))
-    return parsed
+    return _any_json(body) if parsed is None else _first(parsed)
 
 
 async def read_body(request: StrictRequest, kind: type[Body]) -> Body | None:
@@ -232,4 +228,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         raise MalformedBody("an object holds one key twice")
-    return found
+    return _first(found)
+
+
+def _first(found: dict[str, Any]) -> dict[str, Any]:
+    """The first members of an object that has more than any request's: they already say that it is none."""
+    return found if len(found) <= _MOST_MEMBERS else dict(itertools.islice(found.items(), _MOST_MEMBERS))

@@ -23,6 +23,7 @@ from service.metrics import UNKNOWN_MODEL
 from service.services import Services
 from service.traces import tell
 
+_MODEL: Final = re.compile(rb'"model"\s*:\s*"([^"]{0,100})"')
 _TIMEOUT: Final = re.compile(rb'"timeout_ms"\s*:\s*(\d{1,9})')
 
 
@@ -83,14 +84,16 @@ class AdmittedRoute(GuardedRoute):
 
 
 def _place(sent: bytes, caller: Caller, parts: Services) -> Place:
-    """Overloaded where a request cannot be in time: known from its deadline alone, before the work of reading it."""
-    found = _TIMEOUT.search(sent)
+    """In line; Overloaded where a request cannot be in time: known from a glance, before the work of reading it."""
+    found, model = _TIMEOUT.search(sent), _MODEL.search(sent)
     milliseconds = int(found[1]) if found else parts.settings.request_timeout_ms
+    place = Place(time.monotonic() + milliseconds / 1000, caller.client, model and model[1])
     try:
-        return parts.engine.expect(time.monotonic() + milliseconds / 1000, caller.client)
+        parts.engine.expect(place)
     except Overloaded:
         parts.metrics.forecasts.labels(UNKNOWN_MODEL, "overloaded").inc()
         raise
+    return place
 
 
 async def _recalled(digest: bytes, caller: Caller, parts: Services) -> Response | None:

@@ -93,6 +93,7 @@ class Job:
     deadline: float  # of the waiter whose time is up first: the order in which batches are formed
     until: float  # the deadline of the most patient waiter
     client: str | None = None  # whose turn it takes; None: nobody's in particular, such as the service's own
+    asked: bytes | None = None  # as in its place
     bucket: Hashable = None
     waiters: int = 0
     encoded: Future[Row] | None = None
@@ -120,6 +121,7 @@ class Place:
 
     deadline: float
     client: str | None
+    asked: bytes | None = None  # how it names its model, unread
 
 
 _Due = TypeVar("_Due", Job, Job | Place)
@@ -184,18 +186,17 @@ class Batcher:
             self._waiting.setdefault(job.bucket, []).append(job)
             self._changed.notify()
 
-    def expect(self, deadline: float, client: str | None) -> Place:
-        """A place until `put` or `leave`; Overloaded if no job like those here could be in time: unread."""
-        place = Place(deadline, client)
+    def expect(self, place: Place) -> None:
+        """Keep a place until `put` or `leave`; Overloaded if no job here that names its model so could be in time."""
         with self._changed:
             self._forget_unwanted()
-            left = deadline - time.monotonic()
+            left = place.deadline - time.monotonic()
             here = [waiting[0] for waiting in self._waiting.values()] or ([self._running] if self._running else [])
-            waits = [self._wait(job, self._earlier(place, job.bucket)) for job in here]
+            like = [job for job in here if job.asked == place.asked]
+            waits = [self._wait(job, self._earlier(place, job.bucket)) for job in like]
             if waits and all(before + own > left for before, own in waits):
                 raise _overloaded(min(before for before, _ in waits))
             self._coming.add(place)
-        return place
 
     def leave(self, place: Place | None) -> None:
         """Give a place up; again, it changes nothing."""

@@ -142,10 +142,10 @@ class Engine:
             with contextlib.suppress(Abandoned):  # given up in the moment in which this request joined
                 return await _wait(job, deadline), shared
 
-    def expect(self, deadline: float, client: str | None) -> Place:
-        """A place for a request that is to be read; Overloaded if one like those here would be refused."""
+    def expect(self, place: Place) -> None:
+        """Keep the place of a request that is to be read; Overloaded if one like it would be refused."""
         try:
-            return self._batcher.expect(deadline, client)
+            self._batcher.expect(place)
         except Overloaded:
             self._metrics.refusals.labels("queue").inc()
             raise
@@ -186,9 +186,9 @@ class Engine:
     def _enqueue(
         self, model: LoadedModel, item: ForecastInput, deadline: float, key: bytes | None, place: Place | None
     ) -> Job:
-        job = Job(
-            model, item, asyncio.get_running_loop().create_future(), deadline, deadline, place.client if place else None
-        )
+        job = Job(model, item, asyncio.get_running_loop().create_future(), deadline, deadline)
+        if place:
+            job.client, job.asked = place.client, place.asked
         try:
             self._batcher.put(job, place)
         except (Overloaded, DeadlineExceeded) as refusal:

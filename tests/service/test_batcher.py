@@ -10,7 +10,7 @@ import pytest
 
 from model_store.manifest import Manifest
 from models.forecaster import ForecastInput
-from service.engine.batcher import Batcher, Bound, DeadlineExceeded, EngineStopped, Job, Overloaded, Retry
+from service.engine.batcher import Batcher, Bound, DeadlineExceeded, EngineStopped, Job, Overloaded, Place, Retry
 from service.engine.registry import Beside, LoadedModel
 from tests.service.conftest import Faulty, PutNaive
 
@@ -213,8 +213,9 @@ async def test_a_newcomer_is_not_refused_for_what_another_client_has_waiting(job
         with pytest.raises(Overloaded):
             batcher.put(job(11, client=client))
         with pytest.raises(Overloaded):
-            batcher.expect(late, client)
-    batcher.expect(late, "new")
+            batcher.expect(Place(late, client))
+    batcher.expect(Place(late, "new"))
+    batcher.expect(Place(late, "flood", b"another model"))
     batcher.put(job(11, client="new"))
     assert [each.client for each in taken(batcher)][:2] == ["flood", "new"]
 
@@ -224,14 +225,16 @@ async def test_requests_that_are_being_read_are_counted_by_those_who_come_after_
     batcher.record(job().bucket, 1, 2.0)
     batcher.put(job(11))
     late = time.monotonic() + 11
-    places = [batcher.expect(late, None) for _ in range(4)]
+    places = [Place(late, None) for _ in range(4)]
+    for place in places:
+        batcher.expect(place)
     with pytest.raises(Overloaded):
-        batcher.expect(late, None)
+        batcher.expect(Place(late, None))
     batcher.put(job(10), places.pop())  # who had a place takes no other one
     with pytest.raises(Overloaded):
-        batcher.expect(late, None)
+        batcher.expect(Place(late, None))
     batcher.leave(places.pop())
-    batcher.expect(late, None)
+    batcher.expect(Place(late, None))
 
 
 async def test_turns_that_nobody_waited_for_are_forgotten(job: MakeJob) -> None:

@@ -191,10 +191,10 @@ async def test_what_cannot_be_in_time_is_refused_unread_unless_it_is_being_compu
         [[job, other]] = batcher._waiting.values()
         batcher.record(job.bucket, 1, 9.0)  # each: the second ends before the 20 seconds are over, a third would not
         json = {"content-type": "application/json"}
-        refused = await client.post("/forecast/BTC", content=b"{", headers=json)
+        refused = await client.post("/forecast/BTC", content=b'{"model": "naive"', headers=json)
         assert (refused.status_code, refused.json()["code"]) == (503, "overloaded")
         assert int(refused.headers["retry-after"]) >= 18
-        patient = await client.post("/forecast/BTC", content=b'{"timeout_ms": 60000', headers=json)
+        patient = await client.post("/forecast/BTC", content=b'{"model": "naive", "timeout_ms": 60000', headers=json)
         assert patient.status_code == 400
         again = ask(client, rows, seed=2)
         await until(lambda: 2 in (job.waiters, other.waiters))

@@ -172,6 +172,7 @@ async def test_a_member_that_does_not_forecast_is_not_tried_at_every_look(
         assert (await ask(client, rows)).status_code == 200
         registry = app.state.services.registry
         monkeypatch.setattr(registry, "_rehearse", rehearse)
+        monkeypatch.setattr("service.engine.failures._FIRST_PAUSE", 300.0)  # however slow the looks are
         other = put_ensemble(store, ["first", "second"], [[0.9, 0.1], [0.9, 0.1]])
         for _ in range(5):
             await followed(app)

@@ -91,6 +91,7 @@ def test_greedy_forecast_equals_the_reference(pair, make_request, length):
     np.testing.assert_allclose(restored, theirs, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_sampled_forecast_has_the_reference_distribution(reference_kronos, kronos_config, make_request):
     config = kronos_config["mini"]
     tokenizer, predictor = reference_kronos(config)

@@ -22,6 +22,7 @@ def calls_of(forecaster, make_request, rows, length=100, horizon=6, samples=8):
     return record(forecaster, items)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packages_answer_as_eager_does_at_any_number_of_rows(forecasters, compiled_functions, make_request, family):
     forecaster = forecasters[family]

@@ -35,6 +35,7 @@ def test_every_function_as_a_file_answers_as_eager_does(forecasters, onnx_functi
         assert parity.equal_tokens is None or parity.equal_tokens > 0.999
 
 
+@pytest.mark.long
 def test_weights_in_8_bits_make_a_smaller_file_and_a_bounded_error(toto, onnx_file, onnx_functions, make_request):
     assert len(onnx_file("toto", "forward", True)) < 0.75 * len(onnx_file("toto", "forward", False))
     parity = errors(toto, onnx_functions("toto", toto.decoder, int8=True), make_request)

@@ -20,7 +20,14 @@ from freqtrade.strategy import IStrategy
 from candlecast_client import Candlecast
 
 LOOKBACK = 256
-DEFAULTS = {"url": "http://127.0.0.1:8000", "key": None, "model": "toto", "horizon": 5, "regardless": False}
+DEFAULTS = {
+    "url": "http://127.0.0.1:8000",
+    "key": None,
+    "model": "toto",
+    "horizon": 5,
+    "regardless": False,
+    "threshold": 0.002,  # log-return at the horizon above which it is held: what both trades cost
+}
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +43,7 @@ class Forecasting(IStrategy):
     stoploss = -0.99
 
     def bot_start(self, **_: Any) -> None:
-        self.asked = DEFAULTS | {"threshold": 0.002} | self.config.get("candlecast", {})
+        self.asked = DEFAULTS | self.config.get("candlecast", {})
         self.client = Candlecast(self.asked["url"], self.asked["key"])
 
     def populate_indicators(self, dataframe: pd.DataFrame, metadata: dict[str, Any]) -> pd.DataFrame:

@@ -64,6 +64,19 @@ def method_and_route(scope: Scope) -> tuple[str, str]:
     return method, getattr(scope.get("route"), "path", "_none")
 
 
+class StatusSeen:
+    """What an application sends, passed on; `status` is that of its answer, and 500 where none came."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.status = 500
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        await self._send(message)
+
+
 class KnownRequests:
     """Every request has an id, the caller's own where it is well formed; its answer says it, and its lines in the log.
 
@@ -76,19 +89,17 @@ class KnownRequests:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        started, status = time.monotonic(), 500
+        started, seen = time.monotonic(), StatusSeen(send)
         sent = [value for name, value in scope["headers"] if name == _HEADER]
         known = sent[0].decode() if len(sent) == 1 and _WELLFORMED.fullmatch(sent[0]) else secrets.token_hex(8)
         request_id.set(known)
         trace_id.set(None)  # in a pipeline one request's context goes on from another's
 
         async def told(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
                 others = [each for each in message["headers"] if each[0] != _HEADER]
                 message["headers"] = [*others, (_HEADER, known.encode())]
-            await send(message)
+            await seen(message)
 
         try:
             await self.app(scope, receive, told)
@@ -96,5 +107,5 @@ class KnownRequests:
             if _answers.isEnabledFor(logging.INFO):
                 method, route = method_and_route(scope)
                 ms = round(1e3 * (time.monotonic() - started), 3)
-                facts = {"method": method, "route": route, "status": status, "ms": ms}
+                facts = {"method": method, "route": route, "status": seen.status, "ms": ms}
                 _answers.info("answered", extra={"facts": facts})

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.api.schemas import normalise_symbol
 from service.engine.batcher import Timings
-from service.logs import method_and_route, request_id, trace_id
+from service.logs import StatusSeen, method_and_route, request_id, trace_id
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span, Tracer
@@ -81,21 +81,14 @@ class TracedRequests:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in _PROBES:
             return await self.app(scope, receive, send)
-        answering, status = self._begin(scope), 500
-
-        async def noted(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
+        answering, seen = self._begin(scope), StatusSeen(send)
         try:
-            await self.app(scope, receive, noted)
+            await self.app(scope, receive, seen)
         except Exception as error:
             answering.span.set_attribute("error.type", type(error).__qualname__)
             raise
         finally:
-            self._end(answering, scope, status)
+            self._end(answering, scope, seen.status)
 
     def _begin(self, scope: Scope) -> _Answering:
         from opentelemetry.propagate import extract

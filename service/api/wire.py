@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.errors import BodyTooLarge, MalformedBody, in_protocol, problem
 from service.api.security import GuardedRoute
-from service.logs import method_and_route
+from service.logs import StatusSeen, method_and_route
 from service.metrics import Metrics
 
 T = TypeVar("T")
@@ -155,20 +155,13 @@ class CountedAnswers:
             return await self.app(scope, receive, send)
         started = time.monotonic()
         self.metrics.http_in_flight.inc()
-        status = 500
-
-        async def noted(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
+        seen = StatusSeen(send)
         try:
-            await self.app(scope, receive, noted)
+            await self.app(scope, receive, seen)
         finally:
             self.metrics.http_in_flight.dec()
             method, route = method_and_route(scope)
-            self.metrics.http_requests.labels(route, method, str(status)).inc()
+            self.metrics.http_requests.labels(route, method, str(seen.status)).inc()
             self.metrics.http_seconds.labels(route, method).observe(time.monotonic() - started)
 
 

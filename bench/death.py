@@ -16,9 +16,9 @@ from redis import Redis
 
 from bench.balancer import Balancer
 from bench.load import SEED, Record, Target, open_loop, poisson
-from bench.service import Service, forecast_body, put_version, start_naive_service, start_service
+from bench.service import Service, forecast_body, put_version, redis_running, start_naive_service, start_service
 from model_store.store import ModelStore
-from service.state import PrivateRedis, connect
+from service.state import PrivateRedis
 
 DRAIN_SECONDS: Final = 10  # as in k8s/base; the balancer notices after two, where the machine is not busy
 _FORECASTS: Final = 1000  # at least
@@ -113,12 +113,8 @@ async def roll_two(folder: Path) -> Rolled:
     store = ModelStore(folder / "store")
     put_version(store, "naive", "naive", {"family": "naive"}, {})
     async with contextlib.AsyncExitStack() as stack:
-        private = PrivateRedis(folder / "redis")
-        client = connect(private.url)
-        stack.push_async_callback(client.aclose)
-        await private.start(client)
-        stack.push_async_callback(private.stop)
-        settings = {"CANDLECAST_REDIS_URL": private.url, "CANDLECAST_DRAIN_SECONDS": str(DRAIN_SECONDS)}
+        url, _ = await stack.enter_async_context(redis_running(folder / "redis"))
+        settings = {"CANDLECAST_REDIS_URL": url, "CANDLECAST_DRAIN_SECONDS": str(DRAIN_SECONDS)}
         homes = (folder / f"home-{number}" for number in range(4))
 
         async def start() -> _Started:

@@ -24,8 +24,8 @@ from bench.fault_proxy import Fault, FaultProxy
 from bench.hostile import Hostile, corpus
 from bench.load import SEED, percentile
 from bench.overload import TIMES, overload
-from bench.service import Service, forecast_body, start_naive_service
-from service.state import PrivateRedis, connect
+from bench.service import Service, forecast_body, redis_running, start_naive_service
+from service.state import PrivateRedis
 
 _ROUNDS: Final = 5
 _FORECASTS: Final = 200  # at each fault
@@ -82,11 +82,7 @@ def redis_faults(folder: Path) -> Sequence[Figure]:
 
 async def _redis_faults(folder: Path) -> Sequence[Figure]:
     async with contextlib.AsyncExitStack() as stack:
-        private = PrivateRedis(folder / "redis")
-        client = connect(f"unix://{folder / 'redis' / PrivateRedis.SOCKET}")
-        await private.start(client)
-        stack.push_async_callback(private.stop)
-        stack.push_async_callback(client.aclose)
+        await stack.enter_async_context(redis_running(folder / "redis"))
         proxy = FaultProxy(folder / "redis" / PrivateRedis.SOCKET)
         await proxy.become("none")
         stack.push_async_callback(proxy.stop)

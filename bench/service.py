@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+from redis.asyncio import Redis
 from torch import Tensor
 
 from bench.load import SEED
@@ -20,6 +21,7 @@ from bench.processes import LoadClient, ServerFailed, server
 from bench.published import HOUR_MS, walk
 from model_store.store import ModelStore
 from models.families import build_forecaster
+from service.state import PrivateRedis, connect
 
 _WARM_UP_SECONDS: Final = 300.0
 _SYMBOL: Final = "BENCH"
@@ -139,6 +141,19 @@ def start_naive_service(folder: Path, settings: Mapping[str, str]) -> Iterator[S
     with start_service(store, folder / "home", settings) as service:
         service.put_history(200, "BTC-USDT")
         yield service
+
+
+@contextlib.asynccontextmanager
+async def redis_running(folder: Path) -> AsyncIterator[tuple[str, Redis]]:
+    """The URL of a Redis in `folder`, and a client of it, for as long as the block lasts."""
+    server = PrivateRedis(folder)
+    client = connect(server.url)
+    try:
+        await server.start(client)
+        yield server.url, client
+    finally:
+        await client.aclose()
+        await server.stop()
 
 
 def put_version(

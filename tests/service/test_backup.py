@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from bench.service import redis_running
 from candlecast import main
 from model_store.files import VerificationFailed
 from model_store.store import ModelStore
 from service.backup import DIGEST, HISTORY, INDEX, RestoreRefused, _take_snapshot, backup, restore
 from service.settings import Settings
-from service.state import PrivateRedis, StateError, connect
+from service.state import StateError, connect
 
 pytestmark = pytest.mark.anyio
 
@@ -56,14 +57,8 @@ def clock(now: int) -> Clock:
 @asynccontextmanager
 async def remote(folder: Path) -> AsyncIterator[str]:
     """A server of somebody else, and the URL of a database of it that is not the first."""
-    server = PrivateRedis(folder)
-    client = connect(server.url)
-    await server.start(client)
-    try:
-        yield f"{server.url}?db=3"
-    finally:
-        await client.aclose()
-        await server.stop()
+    async with redis_running(folder) as (url, _):
+        yield f"{url}?db=3"
 
 
 async def keep(client: Any, app: Any, rows: Any, clock: "Clock", come: int = 3) -> None:
@@ -105,14 +100,8 @@ async def archive(running: Any, rows: Any, clock: Clock, tmp_path: Path) -> Path
 
 async def stored(settings: Settings) -> dict[bytes, bytes]:
     """Every key of the private server and what it holds."""
-    server = PrivateRedis(settings.home / "redis")
-    client = connect(server.url)
-    await server.start(client)
-    try:
+    async with redis_running(settings.home / "redis") as (_, client):
         return {key: await client.dump(key) async for key in client.scan_iter()}  # type: ignore[no-untyped-call]
-    finally:
-        await client.aclose()
-        await server.stop()
 
 
 @pytest.mark.parametrize("is_remote", [False, True])

@@ -16,7 +16,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,11 +26,12 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from bench.death import DRAIN_SECONDS, roll
+from bench.service import redis_running
 from model_store.store import ModelStore
 from service.engine.revisions import series_stem
 from service.metrics import Metrics
 from service.score.ledger import _ENTRY, Ledger
-from service.state import PrivateRedis, State, connect, raw
+from service.state import State, connect, raw
 from tests.service.conftest import put_version_without_weights
 from tests.service.score.test_ledger import Oracle, Step, sums_of
 
@@ -167,12 +167,7 @@ async def site(tmp_path_factory: pytest.TempPathFactory, put_tiny: Any) -> Async
     for family in ("toto", "kronos"):
         put_tiny(store, family)
     put_version_without_weights(store)
-    url = f"unix://{folder / 'redis' / PrivateRedis.SOCKET}"
-    async with AsyncExitStack() as stack:
-        server, client = PrivateRedis(folder / "redis"), connect(url)
-        stack.push_async_callback(client.aclose)
-        await server.start(client)
-        stack.push_async_callback(server.stop)
+    async with redis_running(folder / "redis") as (url, _):
         site = Site(folder, url, store)
         site.set_clock(START + FIRST * HOUR)
         await asyncio.gather(site.start_replica(), site.start_replica())

@@ -89,7 +89,7 @@ def test_every_command_does_what_it_says(place: Path, environment: dict[str, str
             continue
         line = re.sub(r"127\.0\.0\.1:(800[01])", lambda found: f"127.0.0.1:{ports[found[1]]}", line)
         is_stream = line.startswith("curl -sN")
-        line = re.sub("^curl -s", "timeout 30 curl -fs" if is_stream else "timeout 300 curl -fs", line)
+        line = re.sub("^curl -s", "timeout 10 curl -fs" if is_stream else "timeout 300 curl -fs", line)
         done = subprocess.run(["bash", "-c", line], env=own, cwd=place, capture_output=True, text=True, timeout=900)
         well = done.returncode == ENDLESS and "data:" in done.stdout if is_stream else done.returncode == 0
         if not well:

@@ -7,13 +7,11 @@ import argparse
 import ctypes
 import gc
 import json
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
-from bench.processes import resident_bytes
+from bench.processes import output_of, resident_bytes
 from bench.published import KRONOS, TOTO_BASE, random_adapter, random_weights, request, toto_config
 from bench.rows import Row
 from bench.service import put_version
@@ -38,10 +36,7 @@ _ASKED: Final[Mapping[Family, dict[str, int]]] = {
 def adapters(bench: Workbench, family: Family) -> Iterator[Row]:
     """Of random weights, everything eager and in float32."""
     name = _NAMES[family]
-    done = subprocess.run([sys.executable, "-m", "bench.adapters", family], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"the memory of adapters was not measured: {done.stderr[-500:]}")
-    grown = json.loads(done.stdout)
+    grown = json.loads(output_of("bench.adapters", family, doing="measuring the memory of adapters"))
     yield Row(
         f"memory of an adapter of {name}",
         "a version of merged weights",

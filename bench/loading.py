@@ -7,15 +7,13 @@ import argparse
 import hashlib
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import models.families  # noqa: F401 - no part of a load
-from bench.processes import resident_bytes
+from bench.processes import output_of, resident_bytes
 from bench.published import random_weights
 from bench.rows import Row
 from bench.service import put_version
@@ -42,10 +40,7 @@ def load(bench: Workbench, name: str, family: str, config: Mapping[str, Any]) ->
 
 def _measured(bench: Workbench, store: ModelStore, exact: str, what: str) -> dict[str, Any]:
     arguments = [what, str(store.root), exact, "--seconds", str(bench.seconds(_SECONDS)), "--device", bench.device]
-    done = subprocess.run([sys.executable, "-m", "bench.loading", *arguments], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"loading {exact} failed: {done.stderr[-500:]}")
-    found: dict[str, Any] = json.loads(done.stdout)
+    found: dict[str, Any] = json.loads(output_of("bench.loading", *arguments, doing=f"loading {exact}"))
     return found
 
 

@@ -62,11 +62,9 @@ class LoadClient:
         how = ["--clients", str(clients)] if clients else ["--rate", str(rate)]
         seeds = ["--first-seed", str(self._next_seed), *(["--key", key] if key else [])]
         files = [*(["--body", str(sent)] if body is not None else []), "--records", str(seen)]
-        command = [sys.executable, "-m", "bench.load", url, *how, "--seconds", str(seconds), *seeds, *files]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise ServerFailed(f"the load client failed: {done.stderr[-500:]}")
-        load = Load(json.loads(done.stdout), json.loads(seen.read_text()))
+        arguments = [url, *how, "--seconds", str(seconds), *seeds, *files]
+        printed = output_of("bench.load", *arguments, doing="the load client")
+        load = Load(json.loads(printed), json.loads(seen.read_text()))
         self._next_seed += len(load.records) + 1
         return load
 
@@ -75,6 +73,15 @@ def resident_bytes(process: int | str, kind: str = "VmRSS") -> int:
     """Memory that a process holds; the most that it has held is of the kind VmHWM."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(kind))
+
+
+def output_of(module: str, *arguments: str, doing: str) -> str:
+    """What a module of this package prints in a process of its own; RuntimeError that says what `doing` failed."""
+    command = [sys.executable, "-W", "ignore", "-m", module, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{doing} failed: {done.stderr[-500:]}")
+    return done.stdout
 
 
 @contextlib.contextmanager

@@ -1,8 +1,6 @@
 """One step of fine-tuning all weights against the reference's own training step: how fast, and in how much memory."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, Final
@@ -10,6 +8,7 @@ from typing import Any, Final
 import torch
 
 from bench.facts import cpu_flags
+from bench.processes import output_of
 from bench.rows import Row
 from bench.steps import KRONOS_LENGTH, KRONOS_ROWS, SIDES, TOTO_CONTEXT, TOTO_ROWS
 from bench.workbench import Workbench
@@ -77,8 +76,4 @@ def _memory(bench: Workbench, family: str, config: Mapping[str, Any], work: str,
 
 
 def _peak(**asked: Any) -> int:
-    command = [sys.executable, "-W", "ignore", "-m", "bench.steps", json.dumps(asked)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"the step failed: {done.stderr[-500:]}")
-    return int(done.stdout.splitlines()[-1])
+    return int(output_of("bench.steps", json.dumps(asked), doing="the step").splitlines()[-1])

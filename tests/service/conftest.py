@@ -3,6 +3,7 @@
 import threading
 from collections.abc import AsyncIterator, Callable, Hashable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,21 @@ def anyio_backend() -> str:
 @pytest.fixture
 def now() -> int:
     return NOW
+
+
+@dataclass
+class Clock:
+    """A wall clock that goes when it is told to."""
+
+    now: int
+
+    def __call__(self) -> int:
+        return self.now
+
+
+@pytest.fixture
+def clock(now: int) -> Clock:
+    return Clock(now)
 
 
 class Faulty(NaiveForecaster):

@@ -5,7 +5,6 @@ import json
 import tarfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from model_store.store import ModelStore
 from service.backup import DIGEST, HISTORY, INDEX, RestoreRefused, _take_snapshot, backup, restore
 from service.settings import Settings
 from service.state import StateError, connect
+from tests.service.conftest import Clock
 
 pytestmark = pytest.mark.anyio
 
@@ -41,19 +41,6 @@ def there(tmp_path: Path) -> Settings:
     return Settings(home=tmp_path / "h2", store_root=tmp_path / "elsewhere")
 
 
-@dataclass
-class Clock:
-    now: int
-
-    def __call__(self) -> int:
-        return self.now
-
-
-@pytest.fixture
-def clock(now: int) -> Clock:
-    return Clock(now)
-
-
 @asynccontextmanager
 async def remote(folder: Path) -> AsyncIterator[str]:
     """A server of somebody else, and the URL of a database of it that is not the first."""
@@ -61,7 +48,7 @@ async def remote(folder: Path) -> AsyncIterator[str]:
         yield f"{url}?db=3"
 
 
-async def keep(client: Any, app: Any, rows: Any, clock: "Clock", come: int = 3) -> None:
+async def keep(client: Any, app: Any, rows: Any, clock: Clock, come: int = 3) -> None:
     """A history of which a forecast was made, and some candles that came after it."""
     stored = {"interval": "1h", "candles": rows(40, end=clock.now)}
     assert (await client.put("/candles/BTC", json=stored)).json()["new"] == 40

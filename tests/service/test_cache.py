@@ -16,22 +16,13 @@ from service.engine.cache import SLOTS, Cache, Kept, forecast_key
 from service.engine.registry import LoadedModel
 from service.metrics import Metrics
 from service.state import State
+from tests.service.conftest import Clock
 from tests.service.test_engine import NAIVE, ask, counted, held, until, waiting
 
 pytestmark = pytest.mark.anyio
 
 HOUR = 3_600_000
 PASSING = ("issued_at", "data_age_seconds", "meta")
-
-
-class Clock:
-    """A wall clock that goes when it is told to."""
-
-    def __init__(self, now: int) -> None:
-        self.now = now
-
-    def __call__(self) -> int:
-        return self.now
 
 
 def sharing(app: Any) -> int:

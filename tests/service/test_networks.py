@@ -7,73 +7,18 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import torch
 
 from model_store.store import LoadedVersion, ModelStore
 from models.candles import check_candles, with_amount
-from models.kronos.network import KronosPredictor, PredictorConfig
-from models.kronos.tokenizer import KronosTokenizer, TokenizerConfig
-from models.toto.network import TotoConfig, TotoNetwork
 
 pytestmark = pytest.mark.anyio
 
-TOTO = {
-    "patch_size": 64,
-    "stride": 64,
-    "embed_dim": 32,
-    "num_layers": 2,
-    "num_heads": 4,
-    "mlp_hidden_dim": 64,
-    "spacewise_every_n_layers": 2,
-    "spacewise_first": False,
-    "scaler_cls": "<class 'model.scaler.CausalPatchStdMeanScaler'>",
-    "output_distribution_classes": ["<class 'model.distribution.MixtureOfStudentTsOutput'>"],
-    "output_distribution_kwargs": {"k_components": 3},
-}
-TOKENIZER = {
-    "d_in": 6,
-    "d_model": 32,
-    "n_heads": 4,
-    "ff_dim": 64,
-    "n_enc_layers": 2,
-    "n_dec_layers": 2,
-    "s1_bits": 4,
-    "s2_bits": 4,
-    "beta": 0.05,
-    "gamma0": 1.0,
-    "gamma": 1.1,
-    "zeta": 0.05,
-    "group_size": 4,
-}
-PREDICTOR = {"s1_bits": 4, "s2_bits": 4, "n_layers": 2, "d_model": 32, "n_heads": 4, "ff_dim": 64, "learn_te": True}
-
-
-def put(store: ModelStore, family: str, config: dict[str, Any], network: torch.nn.Module) -> None:
-    limits = {"min_context": 2, "max_context": 512, "max_horizon": 64}
-    if family == "kronos":
-        limits = {"min_context": 2, "max_context": 127, "max_horizon": 126, "max_total": 128}
-    manifest = {
-        "model": f"{family}-demo",
-        "family": family,
-        "origin": {"kind": "trained", "source": "test"},
-        "limits": limits,
-        "created_at": "2025-01-01T00:00:00Z",
-    }
-    store.put(manifest, config, dict(network.state_dict()))
-    store.promote(f"{family}-demo", force="test")
-
 
 @pytest.fixture
-async def client(tmp_path: Any, running: Any) -> AsyncIterator[httpx.AsyncClient]:
-    torch.manual_seed(3)
+async def client(tmp_path: Any, running: Any, put_tiny: Any) -> AsyncIterator[httpx.AsyncClient]:
     store = ModelStore(tmp_path / "networks")
-    put(store, "toto", {"network": TOTO, "max_context": 512}, TotoNetwork(TotoConfig.from_published(TOTO)))
-    parts = {
-        "tokenizer": KronosTokenizer(TokenizerConfig.from_published(TOKENIZER)),
-        "predictor": KronosPredictor(PredictorConfig.from_published(PREDICTOR)),
-    }
-    config = {"tokenizer": TOKENIZER, "predictor": PREDICTOR, "context": 128}
-    put(store, "kronos", config, torch.nn.ModuleDict(parts))
+    for family in ("toto", "kronos"):
+        put_tiny(store, family)
     async with running(build=LoadedVersion.build, store_root=store.root) as (client, _):
         yield client
 

@@ -15,6 +15,7 @@ from service.api.quotas import Count, Quotas
 from service.keys import Quota
 from service.metrics import Metrics
 from service.state import State
+from tests.service.conftest import Clock
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("patient")]
 
@@ -23,14 +24,6 @@ START = 1_750_000_000_000 // 60_000 * 60_000  # a window begins
 
 
 METRICS = Metrics(CollectorRegistry())
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = START
-
-    def __call__(self) -> int:
-        return self.now
 
 
 @pytest.fixture
@@ -45,7 +38,7 @@ steps = st.lists(st.tuples(st.integers(0, 70_000), st.integers(1, 120)), min_siz
 
 
 async def test_redis_and_memory_count_alike(state: State) -> None:
-    loop, clock, turns = asyncio.get_running_loop(), Clock(), iter(range(10_000))
+    loop, clock, turns = asyncio.get_running_loop(), Clock(START), iter(range(10_000))
     ours, everybodys = Quotas(SimpleNamespace(up=False), clock, METRICS), Quotas(state, clock, METRICS)
 
     async def both(taken: list[tuple[int, int]]) -> None:
@@ -77,14 +70,14 @@ def test_a_cost_fits_after_the_wait_and_not_much_before(spent: int, before: int,
 
 
 async def test_equal_costs_at_one_instant_are_all_counted(state: State) -> None:
-    quotas = Quotas(state, Clock(), METRICS)
+    quotas = Quotas(state, Clock(START), METRICS)
     standings = await asyncio.gather(*(quotas.spend("one", QUOTA, 10) for _ in range(12)))
     assert sum(each.fits for each in standings) == 10
     assert (await quotas.spend("another", QUOTA, 100)).fits
 
 
 async def test_processes_share_a_count(state: State) -> None:
-    clock = Clock()
+    clock = Clock(START)
     first, second = Quotas(state, clock, METRICS), Quotas(state, clock, METRICS)
     assert (await first.spend("one", QUOTA, 60)).fits
     refused = await second.spend("one", QUOTA, 60)
@@ -92,11 +85,11 @@ async def test_processes_share_a_count(state: State) -> None:
 
 
 async def test_what_no_window_holds_never_fits(state: State) -> None:
-    assert (await Quotas(state, Clock(), METRICS).spend("one", QUOTA, 101))[:2] == (False, None)
+    assert (await Quotas(state, Clock(START), METRICS).spend("one", QUOTA, 101))[:2] == (False, None)
 
 
 async def test_a_clock_that_is_behind_counts_in_the_newest_window(state: State) -> None:
-    clock = Clock()
+    clock = Clock(START)
     quotas = Quotas(state, clock, METRICS)
     assert (await quotas.spend("one", QUOTA, 100)).fits
     clock.now -= 5_000
@@ -107,12 +100,12 @@ async def test_a_count_goes_on_in_this_process_while_redis_does_not_answer(state
     async def no_answer(*_: Any) -> Any:
         raise TimeoutError
 
-    quotas = Quotas(state, Clock(), METRICS)
+    quotas = Quotas(state, Clock(START), METRICS)
     assert (await quotas.spend("one", QUOTA, 30)).fits
     monkeypatch.setattr(state.line, "ask", no_answer)
     assert [(await quotas.spend("one", QUOTA, 40)).fits for _ in range(2)] == [True, False]
 
 
 async def test_counts_end_on_their_own(state: State) -> None:
-    await Quotas(state, Clock(), METRICS).spend("one", QUOTA, 1)
+    await Quotas(state, Clock(START), METRICS).spend("one", QUOTA, 1)
     assert 0 < await state.redis.pttl("cc:1:quota:one") <= 120_000

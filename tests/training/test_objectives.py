@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench.published import KRONOS_TINY, TOTO_TINY
 from models.forecaster import forecast
 from models.kronos.network import KronosPredictor, PredictorConfig
 from models.kronos.tokenizer import KronosTokenizer, TokenizerConfig
@@ -21,35 +22,9 @@ from training.recipe import Phase
 from training.resume import Place, read_state
 from training.windows import WindowSampler, forecast_input, rolling_origins, series_calendar, split_by_dates
 
-TOTO = {
-    "patch_size": 16,
-    "stride": 16,
-    "embed_dim": 32,
-    "num_layers": 2,
-    "num_heads": 4,
-    "mlp_hidden_dim": 32,
-    "spacewise_every_n_layers": 2,
-    "spacewise_first": False,
-    "scaler_cls": "<class 'model.scaler.CausalPatchStdMeanScaler'>",
-    "output_distribution_classes": ["<class 'model.distribution.MixtureOfStudentTsOutput'>"],
-    "output_distribution_kwargs": {"k_components": 3},
-}
-TOKENIZER = {
-    "d_in": 6,
-    "d_model": 32,
-    "n_heads": 4,
-    "ff_dim": 64,
-    "n_enc_layers": 2,
-    "n_dec_layers": 2,
-    "s1_bits": 4,
-    "s2_bits": 4,
-    "beta": 0.05,
-    "gamma0": 1.0,
-    "gamma": 1.1,
-    "zeta": 0.05,
-    "group_size": 4,
-}
-PREDICTOR = {"s1_bits": 4, "s2_bits": 4, "n_layers": 1, "d_model": 32, "n_heads": 4, "ff_dim": 64, "learn_te": True}
+TOTO = TOTO_TINY | {"patch_size": 16, "stride": 16, "num_layers": 2, "mlp_hidden_dim": 32}
+TOKENIZER = KRONOS_TINY["tokenizer"]
+PREDICTOR = KRONOS_TINY["predictor"] | {"n_layers": 1}
 LOG = (100.0, 10.0)
 
 

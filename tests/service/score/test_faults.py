@@ -26,11 +26,11 @@ from service.engine.history import SLOTS
 from service.score.ledger import Registered, Served
 from service.services import Services
 from service.state import PrivateRedis, connect, is_lasting
+from tests.service.conftest import NOW, Clock
 
 pytestmark = pytest.mark.anyio
 
 HOUR = 3_600_000
-NOW = 1_750_000_000_000
 LAST = NOW // HOUR - 1  # hour of the newest candle that has closed
 STEPS = 3
 NAIVE = {"model": "naive", "interval": "1h", "horizon": STEPS}
@@ -84,14 +84,6 @@ class Server:
             await self.redis.config_set("requirepass", "")
         elif fault == "stopped":
             os.kill(self.pid, signal.SIGCONT)
-
-
-@dataclass
-class Clock:
-    now: int = NOW
-
-    def __call__(self) -> int:
-        return self.now
 
 
 @dataclass
@@ -193,7 +185,7 @@ async def rig(running: Any, server: Server) -> AsyncIterator[Rig]:
 
 @asynccontextmanager
 async def started(running: Any, server: Server) -> AsyncIterator[Rig]:
-    proxy, clock = FaultProxy(server.folder / PrivateRedis.SOCKET), Clock()
+    proxy, clock = FaultProxy(server.folder / PrivateRedis.SOCKET), Clock(NOW)
     await proxy.become("none")
     async with AsyncExitStack() as stack:
         stack.push_async_callback(proxy.stop)

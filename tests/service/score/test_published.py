@@ -10,23 +10,11 @@ import pytest
 
 from service.app import FastAPI, build_services
 from service.settings import Settings
+from tests.service.conftest import Clock
 
 pytestmark = pytest.mark.anyio
 
 HOUR = 3_600_000
-
-
-class Clock:
-    def __init__(self, now: int) -> None:
-        self.now = now
-
-    def __call__(self) -> int:
-        return self.now
-
-
-@pytest.fixture
-def clock(now: int) -> Clock:
-    return Clock(now)
 
 
 @pytest.fixture(autouse=True)

@@ -66,8 +66,8 @@ def test_what_is_sent_in_bad_faith_is_refused_in_few_words(service: Service) -> 
 
 
 def test_a_body_of_more_values_than_any_request_is_not_parsed(service: Service) -> None:
-    for unit in (b"1,", b"[],", b"{},"):
-        body = b'{"candles": [' + unit * 500_001 + b"1]}"
+    for unit, count in ((b"1,", 500_001), (b"[],", 500_001), (b"{},", 40_001)):
+        body = b'{"candles": [' + unit * count + b"1]}"
         answer = httpx.put(
             f"{service.url}/candles/BTC",
             content=body,

@@ -79,7 +79,7 @@ def test_first_logits_equal_the_reference(pair, make_request):
     assert float((logits - theirs[:, -1]).abs().max() / theirs.abs().max()) <= 1e-5
 
 
-@pytest.mark.parametrize("length", [64, 100, 400])
+@pytest.mark.parametrize("length", [64, 100, pytest.param(400, marks=pytest.mark.long)])
 def test_greedy_forecast_equals_the_reference(pair, make_request, length):
     networks, ours = pair
     item = make_request(length, HORIZON, seed=length, samples=1, top_k=1)

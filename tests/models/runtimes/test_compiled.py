@@ -14,6 +14,8 @@ from models.probes import is_batch_invariant
 from models.runtimes.functions import flattened, functions_of
 from models.runtimes.parity import compare, record
 
+pytestmark = pytest.mark.long  # to compile one function takes half a minute
+
 FAMILIES = ["toto", "kronos"]
 
 
@@ -22,7 +24,6 @@ def calls_of(forecaster, make_request, rows, length=100, horizon=6, samples=8):
     return record(forecaster, items)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packages_answer_as_eager_does_at_any_number_of_rows(forecasters, compiled_functions, make_request, family):
     forecaster = forecasters[family]
@@ -34,7 +35,6 @@ def test_packages_answer_as_eager_does_at_any_number_of_rows(forecasters, compil
         assert parity.equal_tokens == {"kronos": 1, "toto": None}[family]
 
 
-@pytest.mark.long
 def test_every_function_compiled_answers_as_eager_does(forecasters, compiled_functions, make_request):
     for family, horizon in (("toto", 200), ("toto", 10), ("kronos", 10)):
         forecaster = forecasters[family]

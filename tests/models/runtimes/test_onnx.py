@@ -42,6 +42,7 @@ def test_weights_in_8_bits_make_a_smaller_file_and_a_bounded_error(toto, onnx_fi
     assert 1e-5 < parity.errors["forward"] < 0.02
 
 
+@pytest.mark.long
 def test_rows_in_8_bits_have_the_same_bits_alone_and_in_a_batch(toto, onnx_functions):
     assert is_batch_invariant(toto.executed_by(onnx_functions("toto", toto.decoder, int8=True)))
 

@@ -1,11 +1,10 @@
-"""Toto's pure functions: exportable, the same in any precision of the weights, draws that follow the mixture."""
+"""Toto's pure functions: the same in any precision of the weights, draws that follow the mixture."""
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from models.runtimes.functions import Flat, flattened
 from models.toto.decoder import Cache, Patch, TotoDecoder, draw_from
 from models.toto.mixture import cdf, tabulate
 from models.toto.network import Mixture, TotoConfig, TotoNetwork
@@ -34,15 +33,6 @@ def relative(found, expected):
 
 def patched(*parts):
     return [part.unflatten(-1, (-1, 64)) for part in parts]
-
-
-@pytest.mark.parametrize("name", ["forward", "prefill", "draw", "step"])
-def test_functions_export_for_every_shape(decoder, name):
-    flat = Flat(decoder, name)
-    exported = flat.exported().module()
-    for size in (0, 1):
-        given = flattened(decoder.examples(size)[name])
-        torch.testing.assert_close(exported(*given), flat(*given), rtol=1e-5, atol=1e-5)
 
 
 @torch.inference_mode()

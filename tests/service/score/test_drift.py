@@ -138,6 +138,7 @@ def alarms(group: int, *, count: int = STREAMS, wilder: float = 1.0, worse: floa
     return [delays(seed, wilder, worse)[group] for seed in range(count)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("group", [0, 1])
 def test_the_alarm_is_silent_while_nothing_changes_and_when_markets_become_wilder(group: int) -> None:
     calm = sum(each is not None for each in alarms(group))

@@ -74,6 +74,7 @@ def test_service_is_measured_over_http(bench):
     assert middle.detail["requests"] > 0
 
 
+@pytest.mark.long
 def test_a_watched_forecast_is_asked_for(bench):
     [row] = http.latest(bench)
     assert 0 < row.detail["latency_ms"]["p50"] <= row.reached

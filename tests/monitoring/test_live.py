@@ -36,6 +36,8 @@ from service.replay import Clock, Plan, replay, series_of
 from service.settings import Settings
 from tests.monitoring.conftest import MONITORING, binary, check
 
+pytestmark = pytest.mark.long
+
 PATIENCE = 120.0  # seconds for what takes a few on an idle machine
 RATE_INTERVAL = "30s"
 MAY_BE_EMPTY = {  # on a healthy machine without a GPU

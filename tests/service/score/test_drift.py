@@ -147,7 +147,7 @@ def test_the_alarm_is_silent_while_nothing_changes_and_when_markets_become_wilde
     assert abs(wild - calm) <= 0.01 * STREAMS
 
 
-@pytest.mark.parametrize("group", [0, 1])
+@pytest.mark.parametrize("group", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_errors_that_rise_by_27_percent_are_found_within_two_weeks(group: int) -> None:
     found = [each for each in alarms(group, worse=1.27) if each is not None]
     assert len(found) >= 0.95 * STREAMS

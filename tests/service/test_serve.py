@@ -119,7 +119,8 @@ def test_sigterm_while_a_model_is_loaded_does_not_wait_for_it(tmp_path: Path) ->
     assert status == 0
 
 
-@pytest.mark.parametrize("redis_too", [True, pytest.param(False, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("redis_too", [True, False])
 def test_a_service_that_was_killed_starts_again_with_what_it_had(tmp_path: Path, redis_too: bool) -> None:
     found = restarted(tmp_path, redis_too=redis_too)
     assert found.after == found.before

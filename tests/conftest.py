@@ -22,12 +22,14 @@ from models.forecaster import Forecaster
 from tests.scripted import Scripted
 
 
-def short_recipe(name: str) -> str:
-    """The recipe of a demo model, cut down to a few steps and windows."""
-    text = (Path(__file__).parents[1] / "training" / "recipes" / f"{name}.toml").read_text()
-    text = re.sub(r"^steps = \d+", "steps = 3", text, flags=re.MULTILINE)
-    text = re.sub(r"^(unseen_)?stride = (?:16|4)$", r"\1stride = 400", text, flags=re.MULTILINE)
-    return text.replace("samples = 64", "samples = 8")
+def write_short_recipes(folder: Path) -> None:
+    """The recipes of the demo models, cut down to a few steps and windows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("toto-demo", "kronos-demo"):
+        text = (Path(__file__).parents[1] / "training" / "recipes" / f"{name}.toml").read_text()
+        text = re.sub(r"^steps = \d+", "steps = 3", text, flags=re.MULTILINE)
+        text = re.sub(r"^(unseen_)?stride = (?:16|4)$", r"\1stride = 400", text, flags=re.MULTILINE)
+        (folder / f"{name}.toml").write_text(text.replace("samples = 64", "samples = 8"))
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from candlecast import main
-from tests.conftest import short_recipe
+from tests.conftest import write_short_recipes
 
 ROOT = Path(__file__).parents[1]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -59,9 +59,8 @@ def candlecast(place: Path, environment: dict[str, str]) -> Candlecast:
 def trained(place: Path, candlecast: Candlecast) -> dict[str, dict[str, Any]]:
     """Manifests of the two demo recipes, cut down to a few steps."""
     assert candlecast("sample-data", "--json").exit_code == 0
+    write_short_recipes(place)
     names = ("toto-demo", "kronos-demo")
-    for name in names:
-        (place / f"{name}.toml").write_text(short_recipe(name))
     done = candlecast("train", *(f"{name}.toml" for name in names), "--json")
     assert done.exit_code == 0, done.stderr
     return {name: json.loads(line) for name, line in zip(names, done.stdout.splitlines(), strict=True)}

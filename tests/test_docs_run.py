@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from bench.processes import server
-from tests.conftest import short_recipe
+from tests.conftest import write_short_recipes
 from tests.test_docs import PAGES, ROOT, shell_lines
 
 pytestmark = pytest.mark.long
@@ -59,8 +59,7 @@ def environment(place: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def ports(place: Path, environment: dict[str, str]) -> Iterator[dict[str, str]]:
     """The two ports of the documents, and those of a service with the sample candles and quickly trained demos."""
-    for name in ("toto-demo", "kronos-demo"):
-        (place / f"{name}.toml").write_text(short_recipe(name))
+    write_short_recipes(place)
     prepared = "candlecast sample-data data/samples && candlecast train toto-demo.toml kronos-demo.toml"
     subprocess.run(["bash", "-c", prepared], env=environment, cwd=place, check=True, capture_output=True)
     serve = [str(place / "candlecast"), "serve", "--load", str(place / "data" / "samples"), "--json"]

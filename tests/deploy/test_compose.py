@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from model_store.store import ModelStore
 from service.settings import Settings
-from tests.conftest import short_recipe
+from tests.conftest import write_short_recipes
 from training.sample_data import write_samples
 
 ROOT = Path(__file__).parents[2]
@@ -125,10 +125,7 @@ def test_the_monitors_start_with_their_files_and_are_ready(machine: Callable[...
 
 def first_start(place: Any) -> list[dict[str, Any]]:
     """What `docker compose up` runs on an empty machine, in its order; the answers to the requests that it prints."""
-    recipes = place.workdir / "training" / "recipes"
-    recipes.mkdir(parents=True)
-    for name in ("toto-demo", "kronos-demo"):  # a few steps: tests/training/test_recipes.py takes them all
-        (recipes / f"{name}.toml").write_text(short_recipe(name))
+    write_short_recipes(place.workdir / "training" / "recipes")  # tests/training/test_recipes.py takes all steps
     write_samples(place.workdir / "data" / "samples")
     place.run("secrets")
     place.run("models-cpu")

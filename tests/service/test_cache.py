@@ -36,8 +36,7 @@ async def forecast(client: Any, rows: Any, **body: Any) -> Any:
     return answer.json()
 
 
-async def test_a_hit_differs_from_what_was_computed_in_its_instant_alone(running: Any, rows: Any, now: int) -> None:
-    clock = Clock(now)
+async def test_a_hit_differs_from_what_was_computed_in_its_instant_alone(running: Any, rows: Any, clock: Clock) -> None:
     async with running(now=clock) as (client, app):
         computed = await ask(client, rows, quantiles=[0.05, 0.5])
         clock.now += 61_500
@@ -92,8 +91,8 @@ async def test_another_question_is_computed(client: Any, rows: Any, name: str) -
     assert (await client.post("/forecast/BTC", json=body)).json()["meta"]["cache"] == "hit"
 
 
-async def test_a_forecast_expires_when_the_next_candle_closes(running: Any, rows: Any, now: int) -> None:
-    clock, sent = Clock(now), rows(8)
+async def test_a_forecast_expires_when_the_next_candle_closes(running: Any, rows: Any, clock: Clock) -> None:
+    sent = rows(8)
     async with running(now=clock) as (client, _):
         first = await forecast(client, rows, candles=sent)
         clock.now = first["valid_until"] - 1

@@ -198,7 +198,6 @@ def test_nobody_has_more_requests_waiting_than_a_hundred(service: Service) -> No
     assert b"HTTP/1.1 400" in answered(service, (GET + b"\r\n") * 5000)
 
 
-@pytest.mark.long
 def test_both_ports_do_what_their_documents_say(service: Service) -> None:
     """Schemathesis: examples, coverage, fuzzing, sequences of calls; `make fuzz` goes on for longer."""
     options = ["--max-examples", "3", "--generation-deterministic", "--no-color"]

@@ -85,7 +85,6 @@ async def admin_of(app: Any) -> AsyncIterator[httpx.AsyncClient]:
 # -- under load ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.long
 async def test_swaps_under_load_fail_no_request_and_mix_no_versions(
     running: Any, rows: Any, store: ModelStore, put_toto: Any
 ) -> None:
